@@ -1,0 +1,120 @@
+/* flashlite: the public interface of one compiled model.
+ *
+ * A library holds one model for one instruction set. Python (or any C program) opens it with the
+ * verified weights, steps it, closes it:
+ *
+ *     fl_options options = {.abi = FL_ABI, .weights = bytes, .weights_size = n,
+ *                           .n_threads = 2, .n_pages = 64, .max_sequences = 1};
+ *     fl_engine *engine;
+ *     if (fl_open(&options, &engine) != FL_OK) ...
+ *     fl_step(engine, &batch);
+ *     fl_close(engine);
+ *
+ * Nothing here prints, exits, or allocates after fl_open. One engine is stepped by one caller at a
+ * time; engines are independent of each other.
+ */
+#ifndef FL_H
+#define FL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FL_ABI 1
+#define FL_PAGE_TOKENS 32  /* tokens in one KV page */
+#define FL_MAX_BATCH 256   /* tokens in one step */
+#define FL_MAX_THREADS 64
+
+#if defined(_WIN32)
+#define FL_API __declspec(dllexport)
+#else
+#define FL_API __attribute__((visibility("default")))
+#endif
+
+typedef enum {
+    FL_OK = 0,
+    FL_BAD_ABI = 1,      /* caller and library were built from different headers */
+    FL_BAD_ARGUMENT = 2, /* a count, id, position or page outside its range */
+    FL_NO_MEMORY = 3,    /* the system refused memory at open */
+    FL_NO_THREAD = 4,    /* the system refused a thread at open */
+    FL_BAD_WEIGHTS = 5,  /* the weights are not as long as this model's, or not aligned to 64 */
+    FL_BAD_TARGET = 6,   /* the CPU lacks the instructions of this library */
+} fl_status;
+
+typedef struct fl_engine fl_engine;
+
+typedef struct {
+    uint32_t abi;           /* FL_ABI */
+    uint32_t n_threads;     /* 1 .. FL_MAX_THREADS, the caller's own included */
+    const uint8_t *weights; /* aligned to 64; the caller keeps it until fl_close */
+    size_t weights_size;
+    uint32_t n_pages;       /* KV pages in the arena; touched only when used */
+    uint32_t max_sequences; /* sequences in one step, 1 .. FL_MAX_BATCH */
+} fl_options;
+
+/* One step: `n_tokens` rows, grouped by sequence, positions rising by one inside a sequence.
+ * All arrays belong to the caller. */
+typedef struct {
+    uint32_t n_tokens;          /* 1 .. FL_MAX_BATCH */
+    uint32_t n_sequences;       /* 1 .. max_sequences */
+    const int32_t *tokens;      /* [n_tokens] */
+    const int32_t *positions;   /* [n_tokens] */
+    const int32_t *sequences;   /* [n_tokens], row of `pages` */
+    const int32_t *pages;       /* [n_sequences][page_stride], page ids in order of position */
+    uint32_t page_stride;
+    uint32_t n_logits;          /* 0 .. n_tokens */
+    const int32_t *logit_rows;  /* [n_logits], rows of this step that need logits */
+    float *logits;              /* [n_logits][vocab] */
+} fl_batch;
+
+/* What this library was compiled for. Strings live as long as the library. */
+typedef struct {
+    uint32_t abi;
+    uint32_t vocab_size;
+    uint32_t max_context;  /* positions the rotary tables cover */
+    uint32_t page_tokens;
+    size_t page_bytes;     /* of the arena, per page */
+    size_t weights_size;
+    size_t scratch_bytes;  /* allocated at open beside the arena, for `n_threads` threads */
+    const char *isa;       /* "plain", "avx2", "avx512", "fp32" */
+    const char *artifact;  /* hex digest of the artifact it was generated from */
+} fl_info;
+
+FL_API void fl_describe(fl_info *info, uint32_t n_threads);
+FL_API fl_status fl_open(const fl_options *options, fl_engine **engine);
+FL_API fl_status fl_step(fl_engine *engine, const fl_batch *batch);
+FL_API void fl_close(fl_engine *engine); /* NULL is allowed */
+
+/* ---- sampling (fl_sample.c) ---- */
+
+typedef struct {
+    float temperature;       /* 0: the most likely token */
+    float top_p;             /* 1: off */
+    float min_p;             /* 0: off */
+    int32_t top_k;           /* 0: off */
+    float repetition_penalty;/* 1: off; divides positive logits, multiplies negative ones */
+    float presence_penalty;  /* 0: off; subtracted once from a token that occurred */
+    float frequency_penalty; /* 0: off; subtracted per occurrence */
+    uint64_t seed;           /* of this request */
+    uint64_t draw;           /* how many tokens this request has drawn before: makes a draw
+                                depend on (seed, draw) alone, whatever runs beside it */
+    const int32_t *history;  /* [n_history] generated and prompt tokens, for the penalties */
+    uint32_t n_history;
+    const int32_t *bias_ids; /* [n_bias] */
+    const float *bias;       /* [n_bias] added to logits; -INFINITY forbids */
+    uint32_t n_bias;
+} fl_sampling;
+
+typedef struct {
+    int32_t token;
+    float logprob;           /* of `token` under the penalized, biased logits at temperature 1 */
+    int32_t *top_ids;        /* [n_top] the caller's, most likely first */
+    float *top_logprobs;     /* [n_top] */
+    uint32_t n_top;          /* 0 .. 64 */
+} fl_draw;
+
+/* Draws one token. `logits` [vocab] is modified (penalties and bias are applied in place);
+ * `scratch` [vocab] pairs of 8 bytes. Deterministic in (logits, sampling). */
+FL_API fl_status fl_sample(float *logits, uint32_t vocab, const fl_sampling *sampling,
+                           void *scratch, fl_draw *draw);
+
+#endif

@@ -1,0 +1,142 @@
+/* flashlite: the kernels, one table of functions per instruction set.
+ *
+ * fl_kernels_plain.c is always built and is the oracle: every other table must equal it bit for
+ * bit in its integer part. All functions are single-threaded, pure (no globals, no allocation) and
+ * trust their arguments; fl_engine.c checks what comes from outside.
+ *
+ * Weights are packed in blocks of 16 rows x 32 columns ("groups" of 32 columns; rows and columns
+ * padded with zeros to whole blocks). For block b of rows and group g of columns:
+ *
+ *   codes   FL_Q8: 512 bytes, byte [k4][row][k] = s8 code of W(16 b + row, 32 g + 4 k4 + k)
+ *           FL_Q4, FL_Q4M: 256 bytes, byte [i][row][k], i = 0..3: the low nibble is column
+ *           32 g + 8 i + k, the high nibble column 32 g + 8 i + 4 + k, codes 0..15
+ *           k4 = 0..7, row = 0..15, k = 0..3: one 64-byte vector holds 4 columns of 16 rows
+ *   scales  16 IEEE half floats, one per row
+ *   mins    FL_Q4M only: 16 half floats
+ *
+ * codes, scales and mins are three arrays, each [blocks][groups][...], each starting on 64 bytes.
+ * A weight is  q8: scale * code   q4: scale * (code - 8)   q4m: scale * code + min.
+ *
+ * Activations are quantized per token and group of 32: scale = max|x| / 127 (0 where all are 0),
+ * code = round-half-even(x / scale) in -127..127. A group's dot product is the exact integer
+ *   q8, q4: D = sum (signed code) * x      q4m: D = sum (unsigned code) * x,  S = sum x
+ * and y = sum over groups in rising order, in float:
+ *   acc = fma((float)D, scale_w * scale_x, acc);  q4m then: acc = fma(min_w, scale_x * (float)S, acc)
+ */
+#ifndef FL_KERNELS_H
+#define FL_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FL_GROUP 32        /* columns that share a scale, in weights, activations and KV */
+#define FL_BLOCK_ROWS 16   /* rows of one packed block */
+#define FL_TILE 6          /* tokens that are packed side by side when a step has more than one */
+#define FL_MAX_QUERIES 32  /* query rows of one attend call */
+#define FL_ALIGN 64
+
+typedef enum { FL_Q8 = 0, FL_Q4 = 1, FL_Q4M = 2 } fl_format;
+
+/* One packed matrix. */
+typedef struct {
+    fl_format format;
+    int32_t rows, cols;      /* true sizes; padded ones are blocks * 16 and groups * 32 */
+    int32_t blocks, groups;
+    const uint8_t *codes;
+    const uint16_t *scales;
+    const uint16_t *mins;    /* NULL unless FL_Q4M */
+    const float *bias;       /* [rows] or NULL; added by the engine, not by the kernels */
+} fl_linear;
+
+/* Quantized activations of `n` tokens, packed in tiles of `width` tokens (1 when n is 1, else
+ * FL_TILE; the last tile is padded with zero tokens).
+ *   codes [tile][groups * 8][width] int32, each 4 s8 codes of consecutive columns
+ *   scale [tile][groups][width]
+ *   sum   [tile][groups][width]  S above
+ * In the FP32 test build `codes` holds floats, [tile][groups * 32][width], and scale, sum unused. */
+typedef struct {
+    int32_t n, width, groups;
+    int32_t *codes;
+    float *scale;
+    int32_t *sum;
+} fl_act;
+
+/* Where one sequence's keys and values of one KV head of one layer lie.
+ * A page holds, for one layer and KV head, in this order, with G = ceil(head_dim / 32) groups:
+ *   K codes  [head_dim / 4][32 tokens][4] s8        K scales [G][32 tokens] half
+ *   V codes  [32 tokens][head_dim] s8               V scales [G][32 tokens] half
+ * (FP32 test build: K [head_dim][32 tokens] float, V [32 tokens][head_dim] float, no scales.) */
+typedef struct {
+    uint8_t *base;           /* arena + offset of this layer and head inside a page */
+    size_t page_bytes;       /* from one page to the next */
+    const int32_t *pages;    /* page ids of the sequence, by position / 32 */
+    int32_t head_dim;        /* a multiple of 4 */
+} fl_kv;
+
+/* Bytes of one page for one layer and one KV head; a multiple of 64. */
+static inline size_t fl_kv_bytes(int32_t head_dim, int fp32) {
+    size_t groups = ((size_t)head_dim + FL_GROUP - 1) / FL_GROUP;
+    size_t bytes = fp32 ? (size_t)head_dim * 32 * 4 * 2
+                        : (size_t)head_dim * 32 * 2 + groups * 32 * 2 * 2;
+    return (bytes + FL_ALIGN - 1) / FL_ALIGN * FL_ALIGN;
+}
+
+typedef struct {
+    const char *isa;
+    int fp32; /* 1 in the test build that keeps activations and KV in float */
+
+    /* Quantize groups [group0, group1) of token `t`; x points at column 32 * group0 and holds
+     * min(32 * group1, cols) - 32 * group0 values, the rest counts as 0. */
+    void (*quantize)(fl_act *act, int32_t t, int32_t group0, int32_t group1, const float *x,
+                     int32_t cols);
+
+    /* y[r] for the rows of blocks [block0, block1), act->width == 1. y points at row
+     * 16 * block0 and has room for whole blocks. */
+    void (*gemv)(float *y, const fl_linear *w, int32_t block0, int32_t block1, const fl_act *act);
+
+    /* The same for every token of act (width FL_TILE): y[t * stride + r], r counted from row
+     * 16 * block0; all tokens of whole tiles are written, padding included.
+     * `panel`: FL_PANEL_BYTES(groups) scratch, 64-byte aligned, for unpacked codes. */
+    void (*gemm)(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
+                 const fl_act *act, void *panel);
+
+    /* Write one token's key and value (head_dim floats each, roped) at `position`. */
+    void (*store_kv)(const fl_kv *kv, int32_t position, const float *k, const float *v);
+
+    /* Attention of n_q query rows over the positions [first[i], last[i]] of one sequence:
+     *   out[i] = sum_p softmax(q_i . k_p) v_p
+     * q [n_q][head_dim] is roped and already multiplied by the softmax scale; out likewise.
+     * Keys are scored in int8: q is quantized per group of 32 like activations; probabilities and
+     * values are combined in float. Pages are visited in rising order with a running maximum.
+     * `scratch`: FL_ATTEND_BYTES(head_dim), 64-byte aligned. */
+    void (*attend)(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
+                   const int32_t *last, void *scratch);
+
+    /* y[i] = x[i] * weight[i] / sqrt(mean(x^2) + eps) */
+    void (*rmsnorm)(float *y, const float *x, const float *weight, int32_t n, float eps);
+
+    /* y[i] = silu(gate[i]) * up[i]  or  gelu_tanh(gate[i]) * up[i] */
+    void (*silu_mul)(float *y, const float *gate, const float *up, int32_t n);
+    void (*gelu_mul)(float *y, const float *gate, const float *up, int32_t n);
+} fl_kernels;
+
+/* Scratch of gemm: two row blocks, unpacked to bytes, and their scales and mins as floats. */
+#define FL_PANEL_BYTES(groups) ((size_t)(groups) * (2 * 512 + 2 * 2 * 64) + 64)
+/* Scratch of attend: quantized queries, scores of one page, running sums. */
+#define FL_ATTEND_BYTES(head_dim) \
+    ((size_t)FL_MAX_QUERIES * ((size_t)(head_dim) * 8 + 32 * 4 + 64 * 4) + 4096)
+
+extern const fl_kernels fl_kernels_plain;
+#if defined(FL_HAVE_AVX2)
+extern const fl_kernels fl_kernels_avx2;
+#endif
+#if defined(FL_HAVE_AVX512)
+extern const fl_kernels fl_kernels_avx512;
+#endif
+#if defined(FL_HAVE_FP32)
+extern const fl_kernels fl_kernels_fp32;
+#endif
+
+/* Scalar pieces that the kernels share (fl_math.h): half <-> float, exp, rsqrt. */
+
+#endif

@@ -1,0 +1,171 @@
+"""Every error flashlite raises, as one tree.
+
+    FlashliteError
+    ├── UsageError              a flag or argument that cannot be honoured            exit 2
+    ├── PullError               a model could not be fetched
+    ├── CheckpointError         a file that is not what it says (offset, value, limit)
+    │   └── UnsupportedModel    an architecture or tensor type flashlite does not know
+    ├── TokenizerError          a vocabulary or a text that cannot be tokenized
+    ├── TemplateError           a chat template that is missing, refused or failed
+    │   └── ForgeryError        message text that would have become a control token
+    ├── CompressError           a plan that cannot be carried out
+    ├── ArtifactError           an artifact that cannot be written or read
+    │   └── IntegrityError      bytes that differ from the manifest
+    ├── CompileError            no compiler, or one that failed
+    ├── EngineError             the compiled model refused a call
+    │   └── MemoryCeiling       the model does not fit the memory it may use
+    ├── ContextOverflow         FL-405
+    ├── UnsupportedTarget       FL-612
+    └── MissingExtra            an optional dependency is not installed
+
+A message is one line: what was found, the limit it broke, the way out.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtifactError",
+    "CheckpointError",
+    "CompileError",
+    "CompressError",
+    "ContextOverflow",
+    "EngineError",
+    "FlashliteError",
+    "ForgeryError",
+    "IntegrityError",
+    "MemoryCeiling",
+    "MissingExtra",
+    "PullError",
+    "TemplateError",
+    "TokenizerError",
+    "UnsupportedModel",
+    "UnsupportedTarget",
+    "UsageError",
+]
+
+
+class FlashliteError(Exception):
+    """Base of every error a user can meet; `str()` is one line."""
+
+    code: str | None = None
+    exit_code = 1
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().split())
+        return f"{self.code}: {text}" if self.code else text
+
+
+class UsageError(FlashliteError):
+    """A flag or argument that cannot be honoured."""
+
+    exit_code = 2
+
+
+class PullError(FlashliteError):
+    """A model could not be fetched, or what came is not what was asked for."""
+
+
+class CheckpointError(FlashliteError):
+    """A model file that is not what it says it is.
+
+    Attributes:
+        path: the file.
+        offset: byte offset of the field at fault, None where it has none.
+        value: what stands there.
+        limit: what would have been accepted.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: object = None,
+        offset: int | None = None,
+        value: object = None,
+        limit: object = None,
+    ) -> None:
+        self.path = path
+        self.offset = offset
+        self.value = value
+        self.limit = limit
+        parts = [f"{path}: {message}" if path is not None else message]
+        if value is not None:
+            parts.append(f"found {_short(value)}")
+        if limit is not None:
+            parts.append(f"allowed {_short(limit)}")
+        if offset is not None:
+            parts.append(f"at byte {offset}")
+        super().__init__(", ".join(parts))
+
+
+class UnsupportedModel(CheckpointError):
+    """An architecture or tensor type flashlite does not know."""
+
+
+class TokenizerError(FlashliteError):
+    """A vocabulary that cannot be built, or a text that cannot be tokenized."""
+
+
+class TemplateError(FlashliteError):
+    """A chat template that is missing, was refused, or failed."""
+
+
+class ForgeryError(TemplateError):
+    """Message text that would have become a control token."""
+
+
+class CompressError(FlashliteError):
+    """A compression plan that cannot be carried out."""
+
+
+class ArtifactError(FlashliteError):
+    """An artifact that cannot be written or read."""
+
+
+class IntegrityError(ArtifactError):
+    """Bytes of an artifact that differ from its manifest."""
+
+
+class CompileError(FlashliteError):
+    """No compiler was found, or the compiler failed."""
+
+
+class EngineError(FlashliteError):
+    """The compiled model refused a call."""
+
+
+class MemoryCeiling(EngineError):
+    """The model does not fit the memory it may use."""
+
+
+class ContextOverflow(FlashliteError):
+    """FL-405: more tokens than the attention buffer holds."""
+
+    code = "FL-405"
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        self.tokens = tokens
+        self.limit = limit
+        super().__init__(
+            f"attention buffer overflow: {tokens} tokens, the context holds {limit}; "
+            "shorten the prompt, raise max_sequence_length, or turn on auto-chunking"
+        )
+
+
+class UnsupportedTarget(FlashliteError):
+    """FL-612: the artifact or the library needs what this target lacks."""
+
+    code = "FL-612"
+
+
+class MissingExtra(FlashliteError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        self.extra = extra
+        super().__init__(f"{feature} needs the extra `{extra}`: pip install 'flashlite[{extra}]'")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
