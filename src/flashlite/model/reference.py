@@ -1,0 +1,142 @@
+"""`Reference`: the plain NumPy forward in FP32, the oracle every engine is measured against.
+
+    reference = Reference(source.spec, source.tensor)
+    logits = reference.logits(np.array([504, 3575, 282]))     # (3, vocab)
+
+One sequence from position 0, no cache, no quantization. The flow of one layer:
+
+    x += post(o(attention(rope(qnorm(q(norm x))), rope(knorm(k(norm x))), v(norm x))))
+    x += post(down(act(gate(norm x)) * up(norm x)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashlite.errors import ContextOverflow, UsageError
+from flashlite.model.rope import rope_tables, rotate
+from flashlite.model.spec import ModelSpec
+
+__all__ = ["Reference"]
+
+Floats = NDArray[np.float32]
+Weights = Mapping[str, Floats] | Callable[[str], Floats]
+
+_QUERY_ROWS = 512  # query positions scored at once: bounds the score matrix
+
+
+class Reference:
+    """A transformer described by a `ModelSpec`, computed with NumPy in float32."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+        """Keep the spec and the weights; nothing is read yet.
+
+        Args:
+            spec: the model.
+            weights: canonical name -> float32 array in its canonical shape: a mapping, or a
+                function such as `SourceModel.tensor`, which is called once per tensor and pass
+                so that no two layers need to be in memory at once.
+        """
+        self.spec = spec
+        self._weight = weights if callable(weights) else weights.__getitem__
+
+    def logits(self, ids: NDArray[np.integer], rows: slice = slice(None)) -> Floats:
+        """Scores of the next token, (rows of ids, vocab); `rows` limits the cost of the head.
+
+        Raises:
+            UsageError: `ids` is empty, not one-dimensional, or holds an id outside the vocabulary.
+            ContextOverflow: more ids than the model has positions.
+        """
+        hidden = self.hidden(ids)[rows]
+        return hidden @ self._weight("embed" if self.spec.tied_head else "head").T
+
+    def hidden(self, ids: NDArray[np.integer]) -> Floats:
+        """What the head reads: the residual after the final norm, (ids, d_model).
+
+        Raises:
+            UsageError, ContextOverflow: as `logits`.
+        """
+        spec = self.spec
+        self._check(ids)
+        x = self._weight("embed")[ids] * np.float32(spec.embed_scale)
+        positions = np.arange(len(ids))
+        tables = {local: rope_tables(spec, positions, local) for local in (False, True)}
+        for i in range(spec.n_layers):
+            x = x + self._attention(i, x, *tables[spec.slides(i)])
+            x = x + self._mlp(i, x)
+        return self._norm("final_norm", x)
+
+    def _attention(self, i: int, x: Floats, cos: Floats, sin: Floats) -> Floats:
+        spec, layer = self.spec, f"layers.{i}."
+        x = self._norm(layer + "attn_norm", x)
+        q, k, v = (self._project(layer + name, x) for name in "qkv")
+        if spec.qk_norm:
+            q, k = self._norm(layer + "q_norm", q), self._norm(layer + "k_norm", k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        window = spec.sliding_window if spec.slides(i) else None
+        group = spec.n_heads // spec.n_kv_heads
+        heads = [
+            _attend(q[h], k[h // group], v[h // group], spec.softmax_scale, window)
+            for h in range(spec.n_heads)
+        ]
+        y = np.concatenate(heads, axis=-1) @ self._weight(layer + "o").T
+        return self._norm(layer + "post_attn_norm", y) if spec.post_norms else y
+
+    def _project(self, name: str, x: Floats) -> Floats:
+        """q, k or v by head: (heads, positions, head_dim)."""
+        y = x @ self._weight(name).T
+        if self.spec.qkv_bias:
+            y = y + self._weight(name + "_bias")
+        return y.reshape(len(x), -1, self.spec.head_dim).swapaxes(0, 1)
+
+    def _mlp(self, i: int, x: Floats) -> Floats:
+        spec, layer = self.spec, f"layers.{i}."
+        x = self._norm(layer + "ffn_norm", x)
+        gate, up = x @ self._weight(layer + "gate").T, x @ self._weight(layer + "up").T
+        act = _silu if spec.activation == "silu" else _gelu_tanh
+        y = (act(gate) * up) @ self._weight(layer + "down").T
+        return self._norm(layer + "post_ffn_norm", y) if spec.post_norms else y
+
+    def _norm(self, name: str, x: Floats) -> Floats:
+        """RMSNorm over the last axis."""
+        mean = np.mean(x * x, axis=-1, keepdims=True)
+        return x / np.sqrt(mean + np.float32(self.spec.norm_eps)) * self._weight(name)
+
+    def _check(self, ids: NDArray[np.integer]) -> None:
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise UsageError(f"ids of shape {ids.shape} and type {ids.dtype}: needs a row of ids")
+        if len(ids) > self.spec.max_context:
+            raise ContextOverflow(len(ids), self.spec.max_context)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.spec.vocab_size:
+            found = low if low < 0 else high
+            raise UsageError(f"token id {found}, allowed 0 to {self.spec.vocab_size - 1}")
+
+
+def _attend(q: Floats, k: Floats, v: Floats, scale: float, window: int | None) -> Floats:
+    """Causal attention of one head, all (positions, head_dim); `window` counts the query too."""
+    out = np.empty_like(q)
+    for start in range(0, len(q), _QUERY_ROWS):
+        stop = min(start + _QUERY_ROWS, len(q))
+        first = 0 if window is None else max(0, start - window + 1)
+        scores = (q[start:stop] @ k[first:stop].T) * np.float32(scale)
+        age = np.arange(start, stop)[:, None] - np.arange(first, stop)
+        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        scores[hidden] = -np.inf
+        # The query itself is always visible, so the maximum is finite.
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out[start:stop] = (weights @ v[first:stop]) / weights.sum(axis=-1, keepdims=True)
+    return out
+
+
+def _silu(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right -0
+        return x / (1 + np.exp(-x))
+
+
+def _gelu_tanh(x: Floats) -> Floats:
+    inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (1 + np.tanh(inner))
