@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,20 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashlite.checkpoint import blocks
+from flashlite.checkpoint.blocks import Grid, TensorInfo
+from flashlite.errors import CheckpointError
 
-__all__ = ["Checkpoint", "TensorInfo"]
+__all__ = ["MAX_TENSORS", "Checkpoint", "TensorInfo", "check_name"]
 
+MAX_TENSORS = 65536
+"""Tensors one checkpoint may hold, whatever its format."""
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies; nothing of its data is read yet."""
-
-    name: str
-    shape: tuple[int, ...]  # row-major: (rows, columns), the last one contiguous
-    dtype: str  # a key of `blocks.LAYOUTS`: F32, F16, BF16, Q4_0, ... Q6_K
-    file: Path
-    offset: int  # bytes from the start of `file`
-    nbytes: int
+_MAX_NAME = 256  # characters
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,27 @@ class Checkpoint:
         Raises:
             CheckpointError: as `raw`, or a value is not finite.
         """
-        return blocks.dequantize(self.info(name), self.raw(name))
+        info = self.info(name)
+        return blocks.dequantize(info, blocks.read_bytes(info))
+
+    def chunks(self, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Read one tensor some rows at a time: `(first row, float32 (rows, cols))`, in order.
+
+        Raises:
+            CheckpointError: as `tensor`.
+        """
+        info = self.info(name)
+        return blocks.chunks(info, blocks.read_bytes(info))
+
+    def grid(self, name: str) -> Grid:
+        """Read the integer grid of a Q4_0, Q4_1 or Q8_0 tensor, bit for bit.
+
+        Raises:
+            CheckpointError: as `raw`, or a scale is not finite.
+            UnsupportedModel: the tensor has another format.
+        """
+        info = self.info(name)
+        return blocks.grid(info, blocks.read_bytes(info))
 
     def info(self, name: str) -> TensorInfo:
         """The directory entry of one tensor.
@@ -59,4 +74,31 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor.
         """
-        return blocks.lookup(self.path, self.tensors, name)
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"there is no tensor {name!r}", path=self.path)
+        return info
+
+
+def check_name(what: str, name: str, path: Path, offset: int | None = None) -> None:
+    """Refuse a name that could be mistaken for anything but a name.
+
+    Raises:
+        CheckpointError: it is empty, longer than 256 characters, holds a space or an unprintable
+            character, or could be read as a path.
+    """
+    if not 0 < len(name) <= _MAX_NAME:
+        raise CheckpointError(
+            f"{what} has a name of the wrong length",
+            path=path,
+            offset=offset,
+            value=len(name),
+            limit=f"1 to {_MAX_NAME} characters",
+        )
+    if not name.isprintable() or " " in name or "/" in name or "\\" in name or ".." in name:
+        raise CheckpointError(
+            f"{what} has a name with a space, a path or an unprintable character",
+            path=path,
+            offset=offset,
+            value=ascii(name),
+        )
