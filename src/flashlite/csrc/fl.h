@@ -110,6 +110,8 @@ typedef struct {
     int32_t *top_ids;        /* [n_top] the caller's, most likely first */
     float *top_logprobs;     /* [n_top] */
     uint32_t n_top;          /* 0 .. 64 */
+    uint32_t skip_logprob;   /* 1, and n_top is 0: nobody reads `logprob`, leave it 0; saves the
+                                pass of exponentials over a large vocabulary */
 } fl_draw;
 
 /* Draws one token. `logits` [vocab] is modified (penalties and bias are applied in place);
