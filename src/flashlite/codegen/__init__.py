@@ -1,0 +1,1 @@
+"""Artifact -> model.c -> library."""

@@ -1,0 +1,278 @@
+"""Find a C compiler, and build a library in a cache that survives concurrency and interruption.
+
+    sources = model.c + csrc  ->  key = digest(sources, compiler, flags)  ->  builds/KEY/
+        there and its digest holds: use it
+        else: build in a fresh folder beside it -> record keyed digests -> rename
+
+The folder is private to the user (0700) and every library is checked against a keyed digest
+before it is loaded, since loading runs its code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from flashlite import paths
+from flashlite.codegen.target import Target
+from flashlite.errors import CompileError, IntegrityError
+
+__all__ = ["CSRC", "Compiler", "build_library", "find_compiler"]
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+_COMMON = ("fl_engine.c", "fl_ops.c", "fl_os.c", "fl_sample.c")
+# Names outside C11 (pthreads, mmap) come from _GNU_SOURCE in the one file that uses them.
+_FLAGS = (
+    "-std=c11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-g0",
+)
+_BUILD_SECONDS = 300
+_STALE_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C compiler: the words that start its command line, and what it says it is."""
+
+    command: tuple[str, ...]
+    version: str
+
+
+def find_compiler(target: Target) -> Compiler:
+    """The system's compiler for the machine at hand, else zig (and zig for every other target).
+
+    FLASHLITE_CC names another one.
+
+    Raises:
+        CompileError: there is none; says how to get one.
+    """
+    if target.triple is None:
+        forced = os.environ.get("FLASHLITE_CC")
+        for name in (forced,) if forced else ("cc", "gcc", "clang"):
+            if (path := shutil.which(name)) is not None:
+                return Compiler((path,), _version((path,)))
+        if forced:
+            raise CompileError(f"FLASHLITE_CC is {forced!r}, which is not on PATH")
+    zig = (sys.executable, "-m", "ziglang")
+    if _has_ziglang():
+        return Compiler((*zig, "cc"), _version(zig))
+    raise CompileError(
+        "no C compiler was found (cc, gcc, clang or zig); install one with "
+        "pip install 'flashlite[compiler]', or your system's gcc"
+        if target.triple is None
+        else f"target {target.triple} needs zig; pip install 'flashlite[compiler]'"
+    )
+
+
+def build_library(model_c: str, target: Target) -> Path:
+    """Compile `model.c` with the hand-written C into a shared library, or find it built.
+
+    Returns:
+        Path of the library in the user's cache, its bytes checked.
+
+    Raises:
+        CompileError: no compiler, or it failed (its first message is kept, the log named).
+        IntegrityError: the cache was written by somebody else.
+    """
+    compiler = find_compiler(target)
+    sources = _sources(model_c, target)
+    key = _key(sources, compiler, target)
+    root = _private(paths.cache_dir() / "builds")
+    folder = root / f"{target.label}-{key[:32]}"
+    library = folder / target.library_name
+    if _is_intact(library):
+        return library
+    with _fresh_folder(root) as fresh:
+        for name, text in sources.items():
+            (fresh / name).write_text(text, encoding="utf-8")
+        _compile(fresh, sources, compiler, target)
+        _record(fresh / target.library_name)
+        _publish(fresh, folder, library)
+    return library
+
+
+def _sources(model_c: str, target: Target) -> dict[str, str]:
+    """Every file the library is made of; their text decides the key."""
+    names = (*_COMMON, f"fl_kernels_{target.isa}.c", *sorted(p.name for p in CSRC.glob("*.h")))
+    return {"model.c": model_c} | {n: (CSRC / n).read_text(encoding="utf-8") for n in names}
+
+
+def _key(sources: dict[str, str], compiler: Compiler, target: Target) -> str:
+    digest = blake3()
+    for part in (*compiler.command, compiler.version, target.label, *_FLAGS, *target.kernel_flags):
+        digest.update(part.encode() + b"\0")
+    for name, text in sources.items():
+        digest.update(name.encode() + b"\0" + text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _compile(folder: Path, sources: dict[str, str], compiler: Compiler, target: Target) -> None:
+    """One object per file (each with its own instruction set), two at a time, then link."""
+    cross = ("-target", target.triple) if target.triple else ()
+    fpic = () if target.system == "windows" else ("-fPIC",)
+    units = [name for name in sources if name.endswith(".c")]
+
+    def compile_unit(name: str) -> None:
+        isa = target.kernel_flags if name.startswith("fl_kernels_") else ()
+        command = (*compiler.command, *cross, *_FLAGS, *fpic, *isa, "-c", name)
+        _run((*command, "-o", f"{name}.o"), folder)
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        for _ in pool.map(compile_unit, units):
+            pass
+    objects = [f"{name}.o" for name in units]
+    link = ("-shared", *fpic, "-o", target.library_name, *objects)
+    threads = () if target.system == "macos" else ("-lpthread",)
+    _run((*compiler.command, *cross, *link, *threads), folder)
+    for name in objects:
+        (folder / name).unlink()
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    environment = dict(os.environ)
+    if "ziglang" in command:
+        cache = str(_private(paths.cache_dir() / "zig"))
+        environment |= {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_BUILD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"{command[0]} did not end in {_BUILD_SECONDS} s") from None
+    except OSError as error:
+        raise CompileError(f"{command[0]} could not be started: {error.strerror}") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        first = next((line for line in said if "error" in line.lower()), (said or ["nothing"])[0])
+        raise CompileError(f"{command[0]} failed with status {done.returncode}: {first}")
+
+
+@contextlib.contextmanager
+def _fresh_folder(root: Path) -> Iterator[Path]:
+    """A new folder that is gone afterwards, unless it was renamed; sweeps what a kill left."""
+    for old in root.glob("building-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(old)
+    try:
+        fresh = Path(tempfile.mkdtemp(prefix="building-", dir=root))
+    except OSError as error:
+        raise CompileError(f"{root}: {error.strerror}; set FLASHLITE_CACHE elsewhere") from None
+    try:
+        yield fresh
+    except OSError as error:
+        raise CompileError(f"{fresh}: {error.strerror}; free space or set FLASHLITE_CACHE") from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _publish(fresh: Path, folder: Path, library: Path) -> None:
+    """Rename into place; a concurrent build of the same key may have been first."""
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if _is_intact(library):
+            return
+        broken = fresh.parent / f"{fresh.name}-replaced"
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(broken)
+        fresh.rename(folder)
+        shutil.rmtree(broken, ignore_errors=True)
+
+
+def _record(library: Path) -> None:
+    digest = _keyed_digest(library)
+    (library.parent / "build.json").write_text(
+        json.dumps({"library": library.name, "keyed_blake3": digest}), encoding="utf-8"
+    )
+
+
+def _is_intact(library: Path) -> bool:
+    """Whether the library is there, ours, and what was built."""
+    try:
+        owner = library.parent.stat().st_uid
+        recorded = json.loads((library.parent / "build.json").read_text(encoding="utf-8"))
+        if hasattr(os, "getuid") and owner != os.getuid():
+            raise IntegrityError(f"{library.parent} belongs to user {owner}; remove it")
+        return bool(secrets.compare_digest(recorded["keyed_blake3"], _keyed_digest(library)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _keyed_digest(library: Path) -> str:
+    return blake3(library.read_bytes(), key=_installation_key()).hexdigest()
+
+
+def _installation_key() -> bytes:
+    """32 secret bytes of this installation, made at first use, readable by the user alone."""
+    path = _private(paths.data_dir()) / "installation.key"
+    with contextlib.suppress(FileNotFoundError):
+        if len(key := path.read_bytes()) == 32:
+            return key
+        path.unlink(missing_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)  # mode 0600
+    with os.fdopen(handle, "wb") as file:
+        file.write(secrets.token_bytes(32))
+    try:
+        os.link(temporary, path)  # the first of two concurrent makers wins
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(temporary)
+    return path.read_bytes()
+
+
+def _private(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.name == "posix" and folder.stat().st_mode & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise CompileError(
+            f"{folder}: {error.strerror}; set FLASHLITE_CACHE and FLASHLITE_HOME to folders of yours"
+        ) from None
+    return folder
+
+
+def _has_ziglang() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("ziglang") is not None
+
+
+def _version(command: tuple[str, ...]) -> str:
+    """First line of `--version` (zig: `version`), remembered per binary: it costs 20 ms or more."""
+    word = "version" if "ziglang" in command else "--version"
+    try:
+        done = subprocess.run(
+            (*command, word), capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return (done.stdout or done.stderr).split("\n", 1)[0].strip()

@@ -1,0 +1,220 @@
+/* flashlite: open, step and close.
+ *
+ * open:  check the target and the sizes -> reserve scratch and arena -> carve -> start threads
+ * step:  check every id the caller gave -> wake the pool -> FL_MODEL.forward on every thread
+ * close: stop the pool -> release
+ */
+#include <string.h>
+
+#include "fl_state.h"
+
+static int32_t ceil_to(int32_t n, int32_t unit) { return (n + unit - 1) / unit * unit; }
+
+static fl_sizes model_sizes(int fp32) {
+    const fl_model *m = &FL_MODEL;
+    fl_sizes s = {0};
+    s.q_cols = m->n_heads * m->head_dim;
+    s.kv_cols = m->n_kv_heads * m->head_dim;
+    s.k_offset = ceil_to(s.q_cols, FL_BLOCK_ROWS);
+    s.v_offset = s.k_offset + ceil_to(s.kv_cols, FL_BLOCK_ROWS);
+    s.qkv_stride = s.v_offset + ceil_to(s.kv_cols, FL_BLOCK_ROWS);
+    s.wide_stride = ceil_to(m->d_model, FL_BLOCK_ROWS);
+    int32_t widest = m->d_model > s.q_cols ? m->d_model : s.q_cols;
+    s.in_groups = ceil_to(widest, FL_GROUP) / FL_GROUP;
+    s.hidden_groups = ceil_to(m->d_ff, FL_GROUP) / FL_GROUP;
+    s.head_bytes = fl_kv_bytes(m->head_dim, fp32);
+    s.page_bytes = s.head_bytes * (size_t)m->n_kv_heads * (size_t)m->n_layers;
+    return s;
+}
+
+/* Hands out aligned pieces of one block of memory; with memory NULL it only measures. */
+typedef struct {
+    uint8_t *memory;
+    size_t used;
+} fl_carver;
+
+static void *carve(fl_carver *c, size_t bytes) {
+    void *piece = c->memory ? c->memory + c->used : NULL;
+    c->used += (bytes + FL_ALIGN - 1) / FL_ALIGN * FL_ALIGN;
+    return piece;
+}
+
+static fl_act carve_act(fl_carver *c, int32_t groups, size_t rows, int fp32) {
+    size_t cells = (size_t)groups * rows;
+    fl_act act = {0};
+    act.groups = groups;
+    act.codes = carve(c, cells * FL_GROUP * (fp32 ? sizeof(float) : 1));
+    act.scale = carve(c, cells * sizeof(float));
+    act.sum = carve(c, cells * sizeof(int32_t));
+    return act;
+}
+
+/* Lay out everything an engine needs beside its arena. Returns the bytes used. */
+static size_t lay_out(fl_engine *e, uint8_t *memory, uint32_t n_threads) {
+    const fl_model *m = &FL_MODEL;
+    const fl_sizes *s = &e->sizes;
+    int fp32 = e->kernels->fp32;
+    fl_carver c = {.memory = memory};
+    size_t rows = FL_BATCH_ROWS, f = sizeof(float);
+    int32_t hidden_cols = s->hidden_groups * FL_GROUP;
+
+    e->threads = carve(&c, n_threads * sizeof(fl_thread));
+    e->x = carve(&c, rows * (size_t)m->d_model * f);
+    e->qkv = carve(&c, rows * (size_t)s->qkv_stride * f);
+    e->heads = carve(&c, rows * (size_t)s->q_cols * f);
+    e->wide = carve(&c, rows * (size_t)s->wide_stride * f);
+    e->hidden = carve(&c, 2 * (size_t)hidden_cols * f);
+    e->angles[0] = carve(&c, rows * (size_t)m->head_dim * f);
+    e->angles[1] = m->rope_local ? carve(&c, rows * (size_t)m->head_dim * f) : NULL;
+    e->act = carve_act(&c, s->in_groups, rows, fp32);
+    e->hidden_act = carve_act(&c, s->hidden_groups, rows, fp32);
+
+    int32_t panel_groups = s->in_groups > s->hidden_groups ? s->in_groups : s->hidden_groups;
+    for (uint32_t i = 0; i < n_threads; i++) {
+        fl_thread t = {.engine = e, .id = i};
+        t.own = carve_act(&c, s->in_groups, 1, fp32);
+        t.row = carve(&c, (size_t)s->in_groups * FL_GROUP * f);
+        t.gate = carve(&c, rows * FL_GROUP * f);
+        t.up = carve(&c, rows * FL_GROUP * f);
+        t.queries = carve(&c, (size_t)FL_MAX_QUERIES * (size_t)m->head_dim * f);
+        t.answers = carve(&c, (size_t)FL_MAX_QUERIES * (size_t)m->head_dim * f);
+        t.panel = carve(&c, FL_PANEL_BYTES(panel_groups));
+        t.attend = carve(&c, FL_ATTEND_BYTES(m->head_dim));
+        if (memory) e->threads[i] = t;
+    }
+    return c.used;
+}
+
+static size_t measure_scratch(uint32_t n_threads) {
+    fl_engine probe = {.kernels = FL_KERNELS, .sizes = model_sizes(FL_KERNELS->fp32)};
+    return lay_out(&probe, NULL, n_threads);
+}
+
+void fl_describe(fl_info *info, uint32_t n_threads) {
+    fl_sizes sizes = model_sizes(FL_KERNELS->fp32);
+    *info = (fl_info){
+        .abi = FL_ABI,
+        .vocab_size = (uint32_t)FL_MODEL.vocab,
+        .max_context = (uint32_t)FL_MODEL.max_context,
+        .page_tokens = FL_PAGE_TOKENS,
+        .page_bytes = sizes.page_bytes,
+        .weights_size = FL_MODEL.weights_size,
+        .scratch_bytes = measure_scratch(n_threads),
+        .isa = FL_KERNELS->isa,
+        .artifact = FL_MODEL.artifact,
+    };
+}
+
+static void *pool_main(void *argument) {
+    fl_thread *t = argument;
+    fl_engine *e = t->engine;
+    uint32_t seen = 0;
+    for (;;) {
+        fl_event_wait(&e->start, seen++);
+        if (atomic_load_explicit(&e->quit, memory_order_acquire)) return NULL;
+        FL_MODEL.forward(t);
+        fl_barrier_wait(&e->barrier);
+    }
+}
+
+fl_status fl_open(const fl_options *options, fl_engine **engine) {
+    *engine = NULL;
+    if (options->abi != FL_ABI) return FL_BAD_ABI;
+    if (!fl_os_runs(FL_KERNELS->isa)) return FL_BAD_TARGET;
+    if (options->n_threads < 1 || options->n_threads > FL_MAX_THREADS || options->n_pages < 1 ||
+        options->n_pages > INT32_MAX || options->max_sequences < 1 ||
+        options->max_sequences > FL_MAX_BATCH)
+        return FL_BAD_ARGUMENT;
+    if (!options->weights || options->weights_size != FL_MODEL.weights_size ||
+        (uintptr_t)options->weights % FL_ALIGN)
+        return FL_BAD_WEIGHTS;
+
+    fl_sizes sizes = model_sizes(FL_KERNELS->fp32);
+    if (options->n_pages > SIZE_MAX / sizes.page_bytes) return FL_NO_MEMORY;
+    size_t head = (sizeof(fl_engine) + FL_ALIGN - 1) / FL_ALIGN * FL_ALIGN;
+    size_t scratch_bytes = head + measure_scratch(options->n_threads);
+    size_t arena_bytes = sizes.page_bytes * options->n_pages;
+    uint8_t *scratch = fl_os_reserve(scratch_bytes);
+    uint8_t *arena = fl_os_reserve(arena_bytes);
+    if (!scratch || !arena) {
+        fl_os_release(scratch, scratch_bytes);
+        fl_os_release(arena, arena_bytes);
+        return FL_NO_MEMORY;
+    }
+
+    fl_engine *e = (fl_engine *)scratch;
+    e->kernels = FL_KERNELS;
+    e->weights = options->weights;
+    e->sizes = sizes;
+    e->n_threads = options->n_threads;
+    e->n_pages = options->n_pages;
+    e->max_sequences = options->max_sequences;
+    e->arena = arena;
+    e->arena_bytes = arena_bytes;
+    e->scratch = scratch;
+    e->scratch_bytes = scratch_bytes;
+    lay_out(e, scratch + head, e->n_threads);
+
+    if (fl_event_init(&e->start) || fl_barrier_init(&e->barrier, e->n_threads)) {
+        fl_os_release(arena, arena_bytes);
+        fl_os_release(scratch, scratch_bytes);
+        return FL_NO_MEMORY;
+    }
+    while (e->n_started + 1 < e->n_threads) {
+        fl_thread *t = &e->threads[e->n_started + 1];
+        if (pthread_create(&t->handle, NULL, pool_main, t)) {
+            fl_close(e);
+            return FL_NO_THREAD;
+        }
+        e->n_started++;
+    }
+    *engine = e;
+    return FL_OK;
+}
+
+void fl_close(fl_engine *e) {
+    if (!e) return;
+    atomic_store(&e->quit, 1);
+    fl_event_advance(&e->start);
+    for (uint32_t i = 1; i <= e->n_started; i++) pthread_join(e->threads[i].handle, NULL);
+    fl_barrier_destroy(&e->barrier);
+    fl_event_destroy(&e->start);
+    fl_os_release(e->arena, e->arena_bytes);
+    fl_os_release(e->scratch, e->scratch_bytes); /* holds e itself */
+}
+
+/* Every number that comes from outside and would become an address. */
+static int batch_is_valid(const fl_engine *e, const fl_batch *b) {
+    if (b->n_tokens < 1 || b->n_tokens > FL_MAX_BATCH) return 0;
+    if (b->n_sequences < 1 || b->n_sequences > e->max_sequences) return 0;
+    if (b->n_logits > b->n_tokens || (b->n_logits && !b->logits)) return 0;
+    for (uint32_t i = 0; i < b->n_tokens; i++) {
+        int32_t token = b->tokens[i], position = b->positions[i], sequence = b->sequences[i];
+        if (token < 0 || token >= FL_MODEL.vocab) return 0;
+        if (position < 0 || position >= FL_MODEL.max_context) return 0;
+        if (sequence < 0 || (uint32_t)sequence >= b->n_sequences) return 0;
+        uint32_t last = (uint32_t)position / FL_PAGE_TOKENS;
+        if (last >= b->page_stride) return 0;
+        int follows = i && b->sequences[i - 1] == sequence;
+        if (follows && position != b->positions[i - 1] + 1) return 0;
+        /* A following token's earlier pages were checked with the one before it. */
+        const int32_t *pages = b->pages + (size_t)sequence * b->page_stride;
+        for (uint32_t p = follows ? last : 0; p <= last; p++)
+            if (pages[p] < 0 || (uint32_t)pages[p] >= e->n_pages) return 0;
+    }
+    for (uint32_t i = 0; i < b->n_logits; i++)
+        if (b->logit_rows[i] < 0 || (uint32_t)b->logit_rows[i] >= b->n_tokens) return 0;
+    return 1;
+}
+
+fl_status fl_step(fl_engine *e, const fl_batch *batch) {
+    if (!batch_is_valid(e, batch)) return FL_BAD_ARGUMENT;
+    e->batch = *batch;
+    int32_t n = (int32_t)batch->n_tokens, width = n == 1 ? 1 : FL_TILE;
+    e->act.n = e->hidden_act.n = n;
+    e->act.width = e->hidden_act.width = width;
+    fl_event_advance(&e->start);
+    FL_MODEL.forward(&e->threads[0]);
+    fl_barrier_wait(&e->barrier);
+    return FL_OK;
+}

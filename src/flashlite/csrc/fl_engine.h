@@ -1,0 +1,80 @@
+/* flashlite: what a generated model.c is made of.
+ *
+ * model.c defines FL_MODEL (sizes, offsets, constants) and a `forward` that is a straight list of
+ * the operations below. Every thread of the pool runs the same forward; an operation takes its own
+ * share of the work by t->id and ends in a barrier when others read what it wrote.
+ *
+ *     embed -> x
+ *     per layer:  norm(x) -> act    linear(act) -> qkv    rotate and store    attend -> heads
+ *                 quantize(heads) -> act    project(act) -> x +=
+ *                 norm(x) -> act    gated(act) -> hidden act    project(hidden act) -> x +=
+ *     head(x) -> logits
+ */
+#ifndef FL_ENGINE_H
+#define FL_ENGINE_H
+
+#include "fl.h"
+#include "fl_kernels.h"
+#include "fl_os.h"
+
+/* Tokens of a step, rounded up to whole tiles. */
+#define FL_BATCH_ROWS ((FL_MAX_BATCH + FL_TILE - 1) / FL_TILE * FL_TILE)
+#define FL_NONE SIZE_MAX
+
+/* One matrix of the model: its shape and where its three arrays start in the weights. */
+typedef struct {
+    fl_format format;
+    int32_t rows, cols;
+    size_t codes, scales, mins; /* mins: FL_NONE unless FL_Q4M */
+    size_t bias;                /* FL_NONE when there is none */
+} fl_packed;
+
+/* A table of rows to look tokens up in: packed like a matrix, or half floats row by row. */
+typedef struct {
+    fl_packed packed;
+    size_t halves; /* FL_NONE when `packed` holds the table */
+} fl_table;
+
+typedef enum { FL_SILU, FL_GELU } fl_activation;
+
+typedef struct fl_thread fl_thread;
+
+/* Sizes that decide memory; all others are arguments of the operations. */
+typedef struct {
+    int32_t vocab, d_model, n_heads, n_kv_heads, head_dim, d_ff, n_layers, max_context;
+    const float *rope;       /* [head_dim / 2] angle per position */
+    const float *rope_local; /* the same for sliding layers, or NULL */
+    size_t weights_size;
+    const char *artifact;
+    void (*forward)(fl_thread *t);
+} fl_model;
+
+extern const fl_model FL_MODEL;     /* model.c */
+extern const fl_kernels *const FL_KERNELS; /* model.c: the table of this library's target */
+
+/* ---- operations; offsets are bytes into the weights ---- */
+
+/* x = table[token] * scale; rotary angles of this step's positions */
+void fl_embed(fl_thread *t, const fl_table *table, float scale);
+/* act = quantize(rmsnorm(x) * weight) */
+void fl_norm(fl_thread *t, size_t weight, float eps);
+/* q, k, v = act x matrices (+ bias) */
+void fl_qkv(fl_thread *t, const fl_packed *q, const fl_packed *k, const fl_packed *v);
+/* norm per head (weights or FL_NONE), rotate q and k, scale q, store k and v in the pages */
+void fl_rotate_store(fl_thread *t, int32_t layer, size_t q_norm, size_t k_norm, float eps,
+                     float q_scale, int local);
+/* heads = attention over positions of each token's own sequence; window 0: all of them */
+void fl_attend(fl_thread *t, int32_t layer, int32_t window);
+/* x += W quantize(heads) */
+void fl_project_heads(fl_thread *t, const fl_packed *w);
+/* x += rmsnorm(W quantize(heads)) * weight */
+void fl_project_heads_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps);
+/* hidden = quantize(activation(gate act) * (up act)) */
+void fl_gated(fl_thread *t, const fl_packed *gate, const fl_packed *up, fl_activation kind);
+/* x += W hidden */
+void fl_project_hidden(fl_thread *t, const fl_packed *w);
+void fl_project_hidden_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps);
+/* logits of the rows that the caller asked for */
+void fl_head(fl_thread *t, size_t norm, float eps, const fl_packed *head);
+
+#endif

@@ -1,0 +1,423 @@
+/* flashlite: the operations a generated forward is made of (see fl_engine.h).
+ *
+ * Who does what: rows of matrices are split over threads by blocks, tokens by tiles, attention by
+ * (KV head, run of tokens). With a single token every thread quantizes the whole input for itself,
+ * which is cheaper than a barrier.
+ */
+#include <string.h>
+
+#include "fl_math.h"
+#include "fl_state.h"
+
+typedef struct {
+    int32_t first, last; /* [first, last) */
+} fl_span;
+
+/* Thread t's share of n units. */
+static fl_span share(const fl_thread *t, int32_t n) {
+    int64_t threads = t->engine->n_threads, id = t->id;
+    return (fl_span){(int32_t)(n * id / threads), (int32_t)(n * (id + 1) / threads)};
+}
+
+/* Tokens of this thread, whole tiles, so that no two threads write one tile. */
+static fl_span share_tokens(const fl_thread *t, int32_t n) {
+    fl_span s = share(t, (n + FL_TILE - 1) / FL_TILE);
+    s.first *= FL_TILE;
+    s.last *= FL_TILE;
+    if (s.last > n) s.last = n;
+    return s;
+}
+
+static void sync(fl_thread *t) { fl_barrier_wait(&t->engine->barrier); }
+
+static int32_t n_tokens(const fl_thread *t) { return (int32_t)t->engine->batch.n_tokens; }
+
+static const float *floats(const fl_thread *t, size_t offset) {
+    return (const float *)(t->engine->weights + offset);
+}
+
+static fl_linear linear(const fl_thread *t, const fl_packed *p) {
+    const uint8_t *w = t->engine->weights;
+    return (fl_linear){
+        .format = p->format,
+        .rows = p->rows,
+        .cols = p->cols,
+        .blocks = (p->rows + FL_BLOCK_ROWS - 1) / FL_BLOCK_ROWS,
+        .groups = (p->cols + FL_GROUP - 1) / FL_GROUP,
+        .codes = w + p->codes,
+        .scales = (const uint16_t *)(w + p->scales),
+        .mins = p->mins == FL_NONE ? NULL : (const uint16_t *)(w + p->mins),
+        .bias = p->bias == FL_NONE ? NULL : floats(t, p->bias),
+    };
+}
+
+/* Rows of blocks [block0, block1) for every token of `act`; y points at row 0 of token 0. */
+static void multiply(fl_thread *t, float *y, size_t stride, const fl_linear *w, int32_t block0,
+                     int32_t block1, const fl_act *act) {
+    const fl_kernels *k = t->engine->kernels;
+    if (block0 >= block1) return;
+    float *out = y + (size_t)block0 * FL_BLOCK_ROWS;
+    if (act->width == 1)
+        k->gemv(out, w, block0, block1, act);
+    else
+        k->gemm(out, stride, w, block0, block1, act, t->panel);
+    if (!w->bias) return;
+    int32_t row0 = block0 * FL_BLOCK_ROWS, row1 = block1 * FL_BLOCK_ROWS;
+    if (row1 > w->rows) row1 = w->rows;
+    for (int32_t i = 0; i < act->n; i++)
+        for (int32_t r = row0; r < row1; r++) y[(size_t)i * stride + (size_t)r] += w->bias[r];
+}
+
+/* Sets what the next linear operation reads: `cols` activations of n tokens, in this thread's own
+ * arrays for one token, in the shared ones for several. */
+static fl_act *set_input(fl_thread *t, int32_t n, int32_t cols) {
+    t->input = n == 1 ? t->own : t->engine->act;
+    t->input.n = n;
+    t->input.width = n == 1 ? 1 : FL_TILE;
+    t->input.groups = (cols + FL_GROUP - 1) / FL_GROUP;
+    return &t->input;
+}
+
+/* Quantize n rows of `cols` floats, `stride` apart, normalized first when `norm` is not NULL.
+ * `rows` selects rows of x, or is NULL for all. */
+static void quantize_rows(fl_thread *t, const float *x, size_t stride, int32_t cols, int32_t n,
+                          const int32_t *rows, const float *norm, float eps) {
+    const fl_kernels *k = t->engine->kernels;
+    fl_act *act = set_input(t, n, cols);
+    fl_span mine = n == 1 ? (fl_span){0, 1} : share_tokens(t, n);
+    for (int32_t i = mine.first; i < mine.last; i++) {
+        const float *row = x + (size_t)(rows ? rows[i] : i) * stride;
+        if (norm) {
+            k->rmsnorm(t->row, row, norm, cols, eps);
+            row = t->row;
+        }
+        k->quantize(act, i, 0, act->groups, row, cols);
+    }
+    if (n > 1) sync(t);
+}
+
+/* ---- embedding and rotary angles ---- */
+
+static void look_up(const fl_thread *t, const fl_table *table, int32_t token, float scale,
+                    float *x, int32_t d) {
+    if (table->halves != FL_NONE) {
+        const uint16_t *row =
+            (const uint16_t *)(t->engine->weights + table->halves) + (size_t)token * (size_t)d;
+        for (int32_t i = 0; i < d; i++) x[i] = fl_half_to_float(row[i]) * scale;
+        return;
+    }
+    fl_linear w = linear(t, &table->packed);
+    size_t group_bytes = w.format == FL_Q8 ? 512 : 256;
+    size_t lane = (size_t)token % FL_BLOCK_ROWS;
+    size_t first = (size_t)token / FL_BLOCK_ROWS * (size_t)w.groups;
+    for (int32_t g = 0; g < w.groups; g++) {
+        size_t cell = first + (size_t)g;
+        const uint8_t *codes = w.codes + cell * group_bytes + lane * 4;
+        float s = fl_half_to_float(w.scales[cell * FL_BLOCK_ROWS + lane]);
+        float m = w.mins ? fl_half_to_float(w.mins[cell * FL_BLOCK_ROWS + lane]) : 0.0f;
+        for (int32_t j = 0; j < FL_GROUP && g * FL_GROUP + j < d; j++) {
+            float value;
+            if (w.format == FL_Q8) {
+                value = s * (float)(int8_t)codes[j / 4 * 64 + j % 4];
+            } else {
+                uint8_t pair = codes[j / 8 * 64 + j % 4];
+                int code = j % 8 < 4 ? pair & 15 : pair >> 4;
+                value = w.format == FL_Q4 ? s * (float)(code - 8) : s * (float)code + m;
+            }
+            x[g * FL_GROUP + j] = value * scale;
+        }
+    }
+}
+
+/* cos and sin of position * frequency, computed here so that every libc gives the same bits:
+ * reduce by multiples of pi/2 in double (positions are below 2^24), then polynomials. */
+static void sin_cos(double angle, float *sine, float *cosine) {
+    double turns = angle * 0.63661977236758134308; /* 2 / pi */
+    int64_t quarter = (int64_t)(turns + (turns >= 0 ? 0.5 : -0.5));
+    double r = (angle - (double)quarter * 1.57079632679489655800) -
+               (double)quarter * 6.12323399573676603587e-17;
+    double z = r * r;
+    double s = r + r * z *
+                       (-1.0 / 6 + z * (1.0 / 120 +
+                                        z * (-1.0 / 5040 + z * (1.0 / 362880 +
+                                                                z * (-1.0 / 39916800)))));
+    double c = 1.0 +
+               z * (-0.5 + z * (1.0 / 24 +
+                                z * (-1.0 / 720 +
+                                     z * (1.0 / 40320 +
+                                          z * (-1.0 / 3628800 + z * (1.0 / 479001600))))));
+    double sines[4] = {s, c, -s, -c};
+    *sine = (float)sines[quarter & 3];
+    *cosine = (float)sines[(quarter + 1) & 3];
+}
+
+static void fill_angles(float *angles, const float *frequencies, int32_t half, int32_t position) {
+    for (int32_t j = 0; j < half; j++) {
+        /* In double: at position 8,000 an angle rounded to float is off by 2e-4 radians. */
+        sin_cos((double)position * (double)frequencies[j], &angles[2 * j + 1], &angles[2 * j]);
+    }
+}
+
+void fl_embed(fl_thread *t, const fl_table *table, float scale) {
+    fl_engine *e = t->engine;
+    int32_t d = FL_MODEL.d_model, hd = FL_MODEL.head_dim;
+    fl_span mine = share_tokens(t, n_tokens(t));
+    for (int32_t i = mine.first; i < mine.last; i++) {
+        look_up(t, table, e->batch.tokens[i], scale, e->x + (size_t)i * (size_t)d, d);
+        size_t at = (size_t)i * (size_t)hd;
+        fill_angles(e->angles[0] + at, FL_MODEL.rope, hd / 2, e->batch.positions[i]);
+        if (FL_MODEL.rope_local)
+            fill_angles(e->angles[1] + at, FL_MODEL.rope_local, hd / 2, e->batch.positions[i]);
+    }
+    sync(t);
+}
+
+void fl_norm(fl_thread *t, size_t weight, float eps) {
+    int32_t d = FL_MODEL.d_model;
+    quantize_rows(t, t->engine->x, (size_t)d, d, n_tokens(t), NULL, floats(t, weight), eps);
+}
+
+/* ---- attention ---- */
+
+void fl_qkv(fl_thread *t, const fl_packed *q, const fl_packed *k, const fl_packed *v) {
+    fl_engine *e = t->engine;
+    const fl_sizes *s = &e->sizes;
+    fl_linear parts[3] = {linear(t, q), linear(t, k), linear(t, v)};
+    float *outputs[3] = {e->qkv, e->qkv + s->k_offset, e->qkv + s->v_offset};
+    fl_span mine = share(t, parts[0].blocks + parts[1].blocks + parts[2].blocks);
+    int32_t start = 0; /* of this part, in blocks of the three together */
+    for (int p = 0; p < 3; p++) {
+        int32_t first = mine.first > start ? mine.first - start : 0;
+        int32_t last = mine.last - start < parts[p].blocks ? mine.last - start : parts[p].blocks;
+        multiply(t, outputs[p], (size_t)s->qkv_stride, &parts[p], first, last, &t->input);
+        start += parts[p].blocks;
+    }
+    sync(t);
+}
+
+/* Rotate pairs (j, j + head_dim / 2) in place. */
+static void rotate(float *x, const float *angles, int32_t half) {
+    for (int32_t j = 0; j < half; j++) {
+        float a = x[j], b = x[j + half], c = angles[2 * j], s = angles[2 * j + 1];
+        x[j] = a * c - b * s;
+        x[j + half] = b * c + a * s;
+    }
+}
+
+static fl_kv pages_of(const fl_thread *t, int32_t layer, int32_t head, int32_t sequence) {
+    const fl_engine *e = t->engine;
+    size_t index = (size_t)layer * (size_t)FL_MODEL.n_kv_heads + (size_t)head;
+    return (fl_kv){
+        .base = e->arena + index * e->sizes.head_bytes,
+        .page_bytes = e->sizes.page_bytes,
+        .pages = e->batch.pages + (size_t)sequence * e->batch.page_stride,
+        .head_dim = FL_MODEL.head_dim,
+    };
+}
+
+void fl_rotate_store(fl_thread *t, int32_t layer, size_t q_norm, size_t k_norm, float eps,
+                     float q_scale, int local) {
+    fl_engine *e = t->engine;
+    const fl_sizes *s = &e->sizes;
+    int32_t hd = FL_MODEL.head_dim, kv_heads = FL_MODEL.n_kv_heads;
+    int32_t heads = FL_MODEL.n_heads + kv_heads;
+    fl_span mine = share(t, n_tokens(t) * heads);
+    for (int32_t unit = mine.first; unit < mine.last; unit++) {
+        int32_t i = unit / heads, h = unit % heads;
+        float *row = e->qkv + (size_t)i * (size_t)s->qkv_stride;
+        const float *angles = e->angles[local] + (size_t)i * (size_t)hd;
+        int is_key = h < kv_heads;
+        float *x = is_key ? row + s->k_offset + h * hd : row + (h - kv_heads) * hd;
+        size_t norm = is_key ? k_norm : q_norm;
+        if (norm != FL_NONE) e->kernels->rmsnorm(x, x, floats(t, norm), hd, eps);
+        rotate(x, angles, hd / 2);
+        if (is_key) {
+            fl_kv kv = pages_of(t, layer, h, e->batch.sequences[i]);
+            e->kernels->store_kv(&kv, e->batch.positions[i], x, row + s->v_offset + h * hd);
+        } else {
+            for (int32_t j = 0; j < hd; j++) x[j] *= q_scale;
+        }
+    }
+    sync(t);
+}
+
+/* Query rows [i0, i1) (tokens of one sequence) x the heads [h0, h1) that share KV head `head`. */
+static void attend_run(fl_thread *t, int32_t layer, int32_t window, int32_t head, int32_t i0,
+                       int32_t i1, int32_t h0, int32_t h1) {
+    fl_engine *e = t->engine;
+    int32_t hd = FL_MODEL.head_dim, n = 0;
+    int32_t first[FL_MAX_QUERIES], last[FL_MAX_QUERIES];
+    size_t bytes = (size_t)hd * sizeof(float);
+    for (int32_t i = i0; i < i1; i++) {
+        int32_t position = e->batch.positions[i];
+        const float *q = e->qkv + (size_t)i * (size_t)e->sizes.qkv_stride;
+        for (int32_t h = h0; h < h1; h++, n++) {
+            memcpy(t->queries + (size_t)n * (size_t)hd, q + h * hd, bytes);
+            last[n] = position + 1;
+            first[n] = window && last[n] > window ? last[n] - window : 0;
+        }
+    }
+    fl_kv kv = pages_of(t, layer, head, e->batch.sequences[i0]);
+    e->kernels->attend(t->answers, &kv, n, t->queries, first, last, t->attend);
+    n = 0;
+    for (int32_t i = i0; i < i1; i++) {
+        float *out = e->heads + (size_t)i * (size_t)e->sizes.q_cols;
+        for (int32_t h = h0; h < h1; h++, n++)
+            memcpy(out + h * hd, t->answers + (size_t)n * (size_t)hd, bytes);
+    }
+}
+
+void fl_attend(fl_thread *t, int32_t layer, int32_t window) {
+    const fl_batch *b = &t->engine->batch;
+    int32_t n = n_tokens(t), kv_heads = FL_MODEL.n_kv_heads;
+    int32_t per_kv = FL_MODEL.n_heads / kv_heads;
+    /* A group of more heads than one call takes is cut; a smaller one takes several tokens. */
+    int32_t heads = per_kv < FL_MAX_QUERIES ? per_kv : FL_MAX_QUERIES;
+    int32_t tokens = FL_MAX_QUERIES / heads;
+    uint32_t turn = 0;
+    for (int32_t i0 = 0, i1; i0 < n; i0 = i1) {
+        for (i1 = i0 + 1; i1 < n && i1 < i0 + tokens && b->sequences[i1] == b->sequences[i0];)
+            i1++;
+        for (int32_t head = 0; head < kv_heads; head++) {
+            for (int32_t h = 0; h < per_kv; h += heads) {
+                if (turn++ % t->engine->n_threads != t->id) continue;
+                int32_t h0 = head * per_kv + h;
+                int32_t h1 = h + heads < per_kv ? h0 + heads : (head + 1) * per_kv;
+                attend_run(t, layer, window, head, i0, i1, h0, h1);
+            }
+        }
+    }
+    sync(t);
+}
+
+/* ---- projections back to the residual stream ---- */
+
+/* x += W input, each thread on its own rows. */
+static void project(fl_thread *t, const fl_packed *packed, const fl_act *act) {
+    fl_engine *e = t->engine;
+    fl_linear w = linear(t, packed);
+    size_t stride = (size_t)e->sizes.wide_stride, d = (size_t)FL_MODEL.d_model;
+    fl_span mine = share(t, w.blocks);
+    multiply(t, e->wide, stride, &w, mine.first, mine.last, act);
+    int32_t row0 = mine.first * FL_BLOCK_ROWS, row1 = mine.last * FL_BLOCK_ROWS;
+    if (row1 > w.rows) row1 = w.rows;
+    for (int32_t i = 0; i < act->n; i++)
+        for (int32_t r = row0; r < row1; r++)
+            e->x[(size_t)i * d + (size_t)r] += e->wide[(size_t)i * stride + (size_t)r];
+    sync(t);
+}
+
+/* x += rmsnorm(W input) * weight, the norm on this thread's tokens. */
+static void project_norm(fl_thread *t, const fl_packed *packed, const fl_act *act, size_t weight,
+                         float eps) {
+    fl_engine *e = t->engine;
+    fl_linear w = linear(t, packed);
+    size_t stride = (size_t)e->sizes.wide_stride;
+    int32_t d = FL_MODEL.d_model;
+    fl_span blocks = share(t, w.blocks);
+    multiply(t, e->wide, stride, &w, blocks.first, blocks.last, act);
+    sync(t);
+    fl_span mine = share_tokens(t, act->n);
+    for (int32_t i = mine.first; i < mine.last; i++) {
+        float *x = e->x + (size_t)i * (size_t)d;
+        e->kernels->rmsnorm(t->row, e->wide + (size_t)i * stride, floats(t, weight), d, eps);
+        for (int32_t r = 0; r < d; r++) x[r] += t->row[r];
+    }
+    sync(t);
+}
+
+static const fl_act *quantize_heads(fl_thread *t) {
+    int32_t cols = t->engine->sizes.q_cols;
+    quantize_rows(t, t->engine->heads, (size_t)cols, cols, n_tokens(t), NULL, NULL, 0.0f);
+    return &t->input;
+}
+
+void fl_project_heads(fl_thread *t, const fl_packed *w) { project(t, w, quantize_heads(t)); }
+
+void fl_project_heads_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps) {
+    project_norm(t, w, quantize_heads(t), weight, eps);
+}
+
+void fl_project_hidden(fl_thread *t, const fl_packed *w) {
+    project(t, w, &t->engine->hidden_act);
+}
+
+void fl_project_hidden_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps) {
+    project_norm(t, w, &t->engine->hidden_act, weight, eps);
+}
+
+/* ---- the gated MLP ---- */
+
+/* Each thread takes groups of 32 hidden channels through gate, up, activation and quantization,
+ * so that the hidden layer never makes a round trip in floats. */
+void fl_gated(fl_thread *t, const fl_packed *gate, const fl_packed *up, fl_activation kind) {
+    fl_engine *e = t->engine;
+    const fl_kernels *k = e->kernels;
+    void (*activate)(float *, const float *, const float *, int32_t) =
+        kind == FL_SILU ? k->silu_mul : k->gelu_mul;
+    fl_linear g = linear(t, gate), u = linear(t, up);
+    int32_t n = t->input.n, blocks_per_group = FL_GROUP / FL_BLOCK_ROWS;
+    fl_span mine = share(t, e->sizes.hidden_groups);
+
+    if (n == 1) {
+        int32_t block0 = mine.first * blocks_per_group, block1 = mine.last * blocks_per_group;
+        if (block1 > g.blocks) block1 = g.blocks;
+        if (block0 < block1) {
+            float *a = e->hidden, *b = e->hidden + e->sizes.hidden_groups * FL_GROUP;
+            int32_t first = mine.first * FL_GROUP;
+            int32_t last = mine.last * FL_GROUP < g.rows ? mine.last * FL_GROUP : g.rows;
+            multiply(t, a, 0, &g, block0, block1, &t->input);
+            multiply(t, b, 0, &u, block0, block1, &t->input);
+            activate(a + first, a + first, b + first, last - first);
+            k->quantize(&e->hidden_act, 0, mine.first, mine.last, a + first, g.rows);
+        }
+    } else {
+        for (int32_t group = mine.first; group < mine.last; group++) {
+            int32_t block0 = group * blocks_per_group, block1 = block0 + blocks_per_group;
+            if (block1 > g.blocks) block1 = g.blocks;
+            int32_t cols = g.rows - group * FL_GROUP < FL_GROUP ? g.rows - group * FL_GROUP
+                                                               : FL_GROUP;
+            k->gemm(t->gate, FL_GROUP, &g, block0, block1, &t->input, t->panel);
+            k->gemm(t->up, FL_GROUP, &u, block0, block1, &t->input, t->panel);
+            for (int32_t i = 0; i < n; i++) {
+                float *row = t->gate + (size_t)i * FL_GROUP;
+                activate(row, row, t->up + (size_t)i * FL_GROUP, cols);
+                k->quantize(&e->hidden_act, i, group, group + 1, row, g.rows);
+            }
+        }
+    }
+    sync(t);
+}
+
+/* ---- logits ---- */
+
+void fl_head(fl_thread *t, size_t norm, float eps, const fl_packed *head) {
+    fl_engine *e = t->engine;
+    int32_t n = (int32_t)e->batch.n_logits, d = FL_MODEL.d_model;
+    if (n == 0) return;
+    quantize_rows(t, e->x, (size_t)d, d, n, e->batch.logit_rows, floats(t, norm), eps);
+    fl_linear w = linear(t, head);
+    fl_span mine = share(t, w.blocks);
+    size_t vocab = (size_t)w.rows;
+    int32_t whole = w.rows / FL_BLOCK_ROWS; /* blocks that may be written in place */
+    if (n == 1) {
+        int32_t last = mine.last < whole ? mine.last : whole;
+        multiply(t, e->batch.logits, 0, &w, mine.first, last, &t->input);
+    }
+    /* Several rows come out in whole tiles, the last block in whole blocks: through `gate`. */
+    int32_t first = n > 1 ? mine.first : mine.first > whole ? mine.first : whole;
+    for (int32_t block = first; block < mine.last; block += 2) {
+        int32_t end = block + 2 < mine.last ? block + 2 : mine.last;
+        size_t row = (size_t)block * FL_BLOCK_ROWS;
+        size_t rows = (size_t)(end - block) * FL_BLOCK_ROWS;
+        if (row + rows > vocab) rows = vocab - row;
+        if (n == 1)
+            e->kernels->gemv(t->gate, &w, block, end, &t->input);
+        else
+            e->kernels->gemm(t->gate, FL_GROUP, &w, block, end, &t->input, t->panel);
+        for (int32_t i = 0; i < n; i++)
+            memcpy(e->batch.logits + (size_t)i * vocab + row, t->gate + (size_t)i * FL_GROUP,
+                   rows * sizeof(float));
+    }
+    sync(t);
+}

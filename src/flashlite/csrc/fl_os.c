@@ -1,0 +1,131 @@
+#if defined(__linux__)
+#define _GNU_SOURCE
+#endif
+#include "fl_os.h"
+
+#include <string.h>
+
+#if defined(_WIN32)
+#include <windows.h>
+#else
+#include <sys/mman.h>
+#endif
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+/* About 50 microseconds: longer than a phase of one token, shorter than a time slice, so that a
+ * busy neighbour costs one sleep and not a whole slice of spinning. */
+enum { SPINS = 4000 };
+
+void *fl_os_reserve(size_t bytes) {
+#if defined(_WIN32)
+    return VirtualAlloc(NULL, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+#else
+    void *memory =
+        mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+#endif
+}
+
+void fl_os_release(void *memory, size_t bytes) {
+    if (!memory) return;
+#if defined(_WIN32)
+    (void)bytes;
+    VirtualFree(memory, 0, MEM_RELEASE);
+#else
+    munmap(memory, bytes);
+#endif
+}
+
+static inline void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+int fl_event_init(fl_event *event) {
+    atomic_init(&event->value, 0);
+    atomic_init(&event->sleepers, 0);
+    if (pthread_mutex_init(&event->mutex, NULL)) return 1;
+    if (pthread_cond_init(&event->changed, NULL)) {
+        pthread_mutex_destroy(&event->mutex);
+        return 1;
+    }
+    return 0;
+}
+
+void fl_event_destroy(fl_event *event) {
+    pthread_cond_destroy(&event->changed);
+    pthread_mutex_destroy(&event->mutex);
+}
+
+/* Sequentially consistent on both sides: either the sleeper sees the new value, or the one who
+ * advances sees the sleeper. */
+void fl_event_advance(fl_event *event) {
+    atomic_fetch_add(&event->value, 1);
+    if (atomic_load(&event->sleepers) == 0) return;
+#if defined(__linux__)
+    syscall(SYS_futex, &event->value, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+#else
+    pthread_mutex_lock(&event->mutex);
+    pthread_cond_broadcast(&event->changed);
+    pthread_mutex_unlock(&event->mutex);
+#endif
+}
+
+void fl_event_wait(fl_event *event, uint32_t seen) {
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load_explicit(&event->value, memory_order_acquire) != seen) return;
+        relax();
+    }
+    atomic_fetch_add(&event->sleepers, 1);
+#if defined(__linux__)
+    while (atomic_load(&event->value) == seen)
+        syscall(SYS_futex, &event->value, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+#else
+    pthread_mutex_lock(&event->mutex);
+    while (atomic_load(&event->value) == seen)
+        pthread_cond_wait(&event->changed, &event->mutex);
+    pthread_mutex_unlock(&event->mutex);
+#endif
+    atomic_fetch_sub(&event->sleepers, 1);
+}
+
+int fl_barrier_init(fl_barrier *barrier, uint32_t n) {
+    barrier->n = n;
+    atomic_init(&barrier->arrived, 0);
+    return fl_event_init(&barrier->phase);
+}
+
+void fl_barrier_destroy(fl_barrier *barrier) { fl_event_destroy(&barrier->phase); }
+
+void fl_barrier_wait(fl_barrier *barrier) {
+    if (barrier->n == 1) return;
+    uint32_t phase = atomic_load_explicit(&barrier->phase.value, memory_order_acquire);
+    if (atomic_fetch_add(&barrier->arrived, 1) == barrier->n - 1) {
+        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
+        fl_event_advance(&barrier->phase);
+    } else {
+        fl_event_wait(&barrier->phase, phase);
+    }
+}
+
+int fl_os_runs(const char *isa) {
+    if (!strcmp(isa, "plain") || !strcmp(isa, "fp32")) return 1;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+    if (!strcmp(isa, "avx2")) return avx2;
+    if (!strcmp(isa, "avx512"))
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni");
+#endif
+    return 0;
+}

@@ -1,0 +1,214 @@
+"""`Engine`: one compiled model in memory, stepped with batches of tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashlite.errors import ContextOverflow, EngineError, UsageError
+from flashlite.runtime.kvpages import PagePool, PageTable, pages_for
+from flashlite.runtime.library import ABI, MAX_BATCH, CBatch, COptions, Library
+
+__all__ = ["Engine", "Sequence", "Work", "default_threads"]
+
+_MAX_THREADS = 64
+
+
+class Sequence:
+    """One timeline of tokens and its KV pages."""
+
+    def __init__(self, table: PageTable) -> None:
+        self.table = table
+        self.length = 0  # positions 0 .. length - 1 are stored
+
+    def release(self) -> None:
+        """Give the pages back; the sequence holds nothing afterwards."""
+        self.table.release()
+        self.length = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens to append to one sequence in a step, and whose logits are wanted."""
+
+    sequence: Sequence
+    ids: Seq[int] | NDArray[np.int32]
+    logits: Literal["none", "last", "all"] = "last"
+
+
+class Engine:
+    """A compiled model, its weights, and an arena of KV pages.
+
+    Example:
+        with Engine(library, weights, max_tokens=2048) as engine:
+            sequence = engine.new_sequence(2048)
+            logits = engine.step([Work(sequence, prompt_ids)])  # float32 (1, vocab)
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        weights: NDArray[np.uint8],
+        *,
+        max_tokens: int,
+        threads: int | None = None,
+        max_sequences: int = 1,
+    ) -> None:
+        """Open the engine.
+
+        Args:
+            library: compiled for exactly these weights.
+            weights: the artifact's data section, 64-byte aligned; kept alive, never copied.
+            max_tokens: KV positions in the arena, over all sequences, rounded up to pages.
+            threads: None: one per core this process may use.
+            max_sequences: sequences in one step, 1 .. 256.
+
+        Raises:
+            UsageError: a number is outside its range.
+            EngineError, MemoryCeiling, UnsupportedTarget: the library refused.
+        """
+        self.threads = default_threads() if threads is None else threads
+        if not 1 <= self.threads <= _MAX_THREADS:
+            raise UsageError(f"threads is {self.threads}, allowed 1 to {_MAX_THREADS}")
+        if not 1 <= max_sequences <= MAX_BATCH:
+            raise UsageError(f"max_sequences is {max_sequences}, allowed 1 to {MAX_BATCH}")
+        self.library = library
+        self.info = library.describe(self.threads)
+        self.vocab_size = int(self.info.vocab_size)
+        self.max_context = int(self.info.max_context)
+        self.pool = PagePool(pages_for(max_tokens))
+        self.max_sequences = max_sequences
+        self._weights = weights
+        options = COptions(
+            abi=ABI,
+            n_threads=self.threads,
+            weights=weights.ctypes.data,
+            weights_size=weights.nbytes,
+            n_pages=self.pool.n_pages,
+            max_sequences=max_sequences,
+        )
+        self._handle = library.open(options)
+        self._tokens = np.zeros(MAX_BATCH, np.int32)
+        self._positions = np.zeros(MAX_BATCH, np.int32)
+        self._sequences = np.zeros(MAX_BATCH, np.int32)
+        self._logit_rows = np.zeros(MAX_BATCH, np.int32)
+        self._pages = np.zeros((max_sequences, self.pool.n_pages), np.int32)
+        self._logits = np.zeros((max_sequences, self.vocab_size), np.float32)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by use: what the engine holds at most."""
+        return {
+            "weights": int(self._weights.nbytes),
+            "kv": self.pool.n_pages * int(self.info.page_bytes),
+            "scratch": int(self.info.scratch_bytes),
+            "logits": int(self._logits.nbytes),
+        }
+
+    def new_sequence(self, max_tokens: int) -> Sequence:
+        """A sequence of at most `max_tokens`, its pages reserved now, so that it cannot run short.
+
+        Raises:
+            ContextOverflow: FL-405, more than the model's context or the whole arena.
+            MemoryCeiling: the arena has not enough free pages at present.
+        """
+        limit = min(self.max_context, self.pool.n_pages * int(self.info.page_tokens))
+        if max_tokens > limit:
+            raise ContextOverflow(max_tokens, limit)
+        table = PageTable(self.pool, max_tokens)
+        table.reserve(max_tokens)
+        return Sequence(table)
+
+    def step(self, work: Seq[Work]) -> NDArray[np.float32]:
+        """Append tokens to sequences and return the logits asked for.
+
+        Returns:
+            float32 (rows, vocab), in order of `work`. With one row per sequence it is a view that
+            the next step overwrites.
+
+        Raises:
+            ContextOverflow: a sequence would grow beyond what it reserved (FL-405).
+            EngineError: the batch is empty, too large, or holds an id outside the vocabulary.
+        """
+        n, rows = self._fill(work)
+        logits = self._logits
+        if rows > self.max_sequences:  # "all": evaluation, not serving
+            logits = np.empty((rows, self.vocab_size), np.float32)
+        batch = CBatch(
+            n_tokens=n,
+            n_sequences=len(work),
+            tokens=self._tokens.ctypes.data,
+            positions=self._positions.ctypes.data,
+            sequences=self._sequences.ctypes.data,
+            pages=self._pages.ctypes.data,
+            page_stride=self._pages.shape[1],
+            n_logits=rows,
+            logit_rows=self._logit_rows.ctypes.data,
+            logits=logits.ctypes.data,
+        )
+        self.library.step(self._handle, batch)
+        for item in work:
+            item.sequence.length += len(item.ids)
+        return logits[:rows]
+
+    def close(self) -> None:
+        """Stop the threads and release the arena; calling it again does nothing."""
+        if self._handle:
+            self.library.close(self._handle)
+            self._handle.value = None
+
+    def _fill(self, work: Seq[Work]) -> tuple[int, int]:
+        """Write the batch arrays; returns (tokens, rows of logits)."""
+        if not self._handle:
+            raise EngineError("the engine is closed")
+        total = sum(len(item.ids) for item in work)
+        if not work or len(work) > self.max_sequences or any(not len(item.ids) for item in work):
+            raise EngineError(
+                f"a step takes 1 to {self.max_sequences} sequences with tokens, not {len(work)}"
+            )
+        if total > MAX_BATCH:
+            raise EngineError(f"a step takes at most {MAX_BATCH} tokens, not {total}")
+        n = rows = 0
+        for index, item in enumerate(work):
+            sequence, count = item.sequence, len(item.ids)
+            if sequence.length + count > sequence.table.max_tokens:
+                raise ContextOverflow(sequence.length + count, sequence.table.max_tokens)
+            end = n + count
+            self._tokens[n:end] = item.ids
+            self._positions[n:end] = np.arange(sequence.length, sequence.length + count)
+            self._sequences[n:end] = index
+            held = sequence.table.ids
+            self._pages[index, : len(held)] = held
+            wanted = {"none": 0, "last": 1, "all": count}[item.logits]
+            self._logit_rows[rows : rows + wanted] = np.arange(end - wanted, end)
+            rows += wanted
+            n = end
+        return n, rows
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self.close()
+
+
+def default_threads() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    return min(os.cpu_count() or 1, _MAX_THREADS)

@@ -1,0 +1,202 @@
+"""A compiled model as ctypes sees it: one typed wrapper per function of `csrc/fl.h`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+from flashlite.errors import EngineError, MemoryCeiling, UnsupportedTarget
+
+__all__ = [
+    "ABI",
+    "MAX_BATCH",
+    "PAGE_TOKENS",
+    "CBatch",
+    "CDraw",
+    "CInfo",
+    "COptions",
+    "CSampling",
+    "Library",
+    "load_library",
+]
+
+# As in fl.h; the library repeats them in fl_describe and is refused when it disagrees.
+ABI = 1
+MAX_BATCH = 256
+PAGE_TOKENS = 32
+
+
+class COptions(ctypes.Structure):
+    """`fl_options`."""
+
+    _fields_ = [
+        ("abi", c_uint32),
+        ("n_threads", c_uint32),
+        ("weights", c_void_p),
+        ("weights_size", c_size_t),
+        ("n_pages", c_uint32),
+        ("max_sequences", c_uint32),
+    ]
+
+
+class CBatch(ctypes.Structure):
+    """`fl_batch`."""
+
+    _fields_ = [
+        ("n_tokens", c_uint32),
+        ("n_sequences", c_uint32),
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
+        ("sequences", c_void_p),
+        ("pages", c_void_p),
+        ("page_stride", c_uint32),
+        ("n_logits", c_uint32),
+        ("logit_rows", c_void_p),
+        ("logits", c_void_p),
+    ]
+
+
+class CInfo(ctypes.Structure):
+    """`fl_info`."""
+
+    _fields_ = [
+        ("abi", c_uint32),
+        ("vocab_size", c_uint32),
+        ("max_context", c_uint32),
+        ("page_tokens", c_uint32),
+        ("page_bytes", c_size_t),
+        ("weights_size", c_size_t),
+        ("scratch_bytes", c_size_t),
+        ("isa", c_char_p),
+        ("artifact", c_char_p),
+    ]
+
+
+class CSampling(ctypes.Structure):
+    """`fl_sampling`."""
+
+    _fields_ = [
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("top_k", c_int32),
+        ("repetition_penalty", c_float),
+        ("presence_penalty", c_float),
+        ("frequency_penalty", c_float),
+        ("seed", c_uint64),
+        ("draw", c_uint64),
+        ("history", c_void_p),
+        ("n_history", c_uint32),
+        ("bias_ids", c_void_p),
+        ("bias", c_void_p),
+        ("n_bias", c_uint32),
+    ]
+
+
+class CDraw(ctypes.Structure):
+    """`fl_draw`."""
+
+    _fields_ = [
+        ("token", c_int32),
+        ("logprob", c_float),
+        ("top_ids", c_void_p),
+        ("top_logprobs", c_void_p),
+        ("n_top", c_uint32),
+    ]
+
+
+class Library:
+    """One loaded model library. The GIL is released while a call runs."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._c = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise EngineError(f"{path}: cannot be loaded: {error}; compile the model again") from None
+        signatures = {
+            "fl_describe": (None, [POINTER(CInfo), c_uint32]),
+            "fl_open": (c_int32, [POINTER(COptions), POINTER(c_void_p)]),
+            "fl_step": (c_int32, [c_void_p, POINTER(CBatch)]),
+            "fl_close": (None, [c_void_p]),
+            "fl_sample": (
+                c_int32,
+                [c_void_p, c_uint32, POINTER(CSampling), c_void_p, POINTER(CDraw)],
+            ),
+        }
+        for name, (result, arguments) in signatures.items():
+            function = getattr(self._c, name)
+            function.restype = result
+            function.argtypes = arguments
+        self.info = self.describe(1)
+        if self.info.abi != ABI or self.info.page_tokens != PAGE_TOKENS:
+            raise EngineError(
+                f"{path}: built for ABI {self.info.abi}, this flashlite speaks {ABI}; "
+                "compile the model again"
+            )
+
+    def describe(self, n_threads: int) -> CInfo:
+        """What the library holds; `scratch_bytes` is for this many threads."""
+        info = CInfo()
+        self._c.fl_describe(info, n_threads)
+        return info
+
+    def open(self, options: COptions) -> c_void_p:
+        """Open an engine; the weights must stay alive until `close`.
+
+        Raises:
+            EngineError, MemoryCeiling, UnsupportedTarget: as the status says.
+        """
+        handle = c_void_p()
+        self.check(self._c.fl_open(options, handle), "open")
+        return handle
+
+    def step(self, handle: c_void_p, batch: CBatch) -> None:
+        """Run one batch.
+
+        Raises:
+            EngineError: an id, position or page is outside its range.
+        """
+        self.check(self._c.fl_step(handle, batch), "step")
+
+    def close(self, handle: c_void_p) -> None:
+        """Stop the engine's threads and release its memory."""
+        self._c.fl_close(handle)
+
+    def sample(
+        self, logits: int, vocab: int, sampling: CSampling, scratch: int, draw: CDraw
+    ) -> None:
+        """Draw one token; `logits` and `scratch` are addresses.
+
+        Raises:
+            EngineError: a logit is not a number, or a setting is outside its range.
+        """
+        self.check(self._c.fl_sample(logits, vocab, sampling, scratch, draw), "sample")
+
+    def check(self, status: int, call: str) -> None:
+        """Raise the error of a status that is not FL_OK."""
+        if status == 0:
+            return
+        isa = (self.info.isa or b"").decode() if hasattr(self, "info") else "?"
+        if status == 3:
+            raise MemoryCeiling(
+                "the system refused the engine's memory; lower max_sequence_length or max_mem"
+            )
+        if status == 6:
+            raise UnsupportedTarget(
+                f"the library needs {isa}, which this CPU lacks; compile the model on this machine"
+            )
+        reasons = {
+            1: "library and caller were built from different headers; compile the model again",
+            2: "a count, id, position or page is outside its range",
+            4: "the system refused a thread; lower threads",
+            5: "the weights are not this model's; compile the model again",
+        }
+        raise EngineError(f"{call}: {reasons.get(status, f'status {status}')}")
+
+
+@functools.cache
+def load_library(path: Path) -> Library:
+    """The library at `path`, loaded once per process."""
+    return Library(path)

@@ -1,0 +1,287 @@
+"""`load` and `Model`: a language model in one Python object.
+
+    import flashlite as fl
+
+    with fl.load("smollm2-135m-instruct") as model:
+        for piece in model.chat([{"role": "user", "content": "Hi"}], stream=True):
+            print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+from flashlite.artifact.format import Artifact
+from flashlite.artifact.read import load_texts, load_weights
+from flashlite.checkpoint.tokenizer import Tokenizer
+from flashlite.codegen.target import Target
+from flashlite.errors import EngineError, UsageError
+from flashlite.runtime.engine import Engine, default_threads
+from flashlite.runtime.library import Library, load_library
+from flashlite.runtime.memory import Ledger, parse_size, plan_tokens, resident_bytes
+from flashlite.runtime.prepare import DEFAULT_MODEL, Progress, compile_artifact, find_artifact
+from flashlite.runtime.sampling import SamplingParams
+from flashlite.runtime.scheduler import FinishReason, Generation, Piece, Scheduler
+
+__all__ = ["Answer", "Message", "Model", "load"]
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished generation."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token: float  # seconds from submission
+    tokens_per_second: float  # of the tokens after the first; 0 when there is only one
+    logprobs: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
+
+
+class Model:
+    """A compiled model, its tokenizer and its scheduler. Close it, or use it in a `with`."""
+
+    def __init__(self, artifact: Artifact, tokenizer: Tokenizer, scheduler: Scheduler) -> None:
+        self.artifact = artifact
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.artifact.name
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Positions one conversation may hold, prompt and answer together."""
+        return self.scheduler.max_tokens
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, **settings: Any
+    ) -> Answer: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[True], **settings: Any
+    ) -> Iterator[str]: ...
+    def chat(
+        self, messages: Sequence[Message], *, stream: bool = False, **settings: Any
+    ) -> Answer | Iterator[str]:
+        """Answer a conversation.
+
+        Args:
+            messages: [{"role": "system" | "user" | "assistant", "content": text}, ...]
+            stream: yield pieces of text as they come instead of returning an `Answer`.
+            settings: fields of `SamplingParams`.
+
+        Raises:
+            TemplateError: the model is a base model, or its template refuses these messages.
+            ForgeryError: a message would have become a control token.
+            ContextOverflow: FL-405.
+            UsageError: a setting is unknown or outside its range.
+        """
+        return self._answer(self.tokenizer.render_chat(messages), stream, settings)
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[False] = False, **settings: Any) -> Answer: ...
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[True], **settings: Any) -> Iterator[str]: ...
+    def generate(
+        self, prompt: str, *, stream: bool = False, **settings: Any
+    ) -> Answer | Iterator[str]:
+        """Continue a text as it stands, without a chat template. Otherwise as `chat`."""
+        return self._answer(self.tokenizer.encode_prompt(prompt), stream, settings)
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
+        """Queue token ids for generation; `follow` brings them on their way.
+
+        Raises:
+            ContextOverflow, UsageError: as `chat`.
+        """
+        with self._lock:
+            return self.scheduler.submit(prompt, params)
+
+    def follow(self, generation: Generation) -> Iterator[Piece]:
+        """The pieces of a generation as they come; closing the iterator cancels it.
+
+        The scheduler is driven from the caller's thread, so that Ctrl-C stops within one step.
+        """
+        try:
+            while True:
+                while generation.pieces:
+                    yield generation.pieces.popleft()
+                if generation.finish_reason is not None:
+                    return
+                with self._lock:
+                    self.scheduler.step()
+        finally:
+            with self._lock:
+                self.scheduler.cancel(generation)
+
+    def close(self) -> None:
+        """Release the engine; calling it again does nothing."""
+        self.scheduler.engine.close()
+
+    def _answer(
+        self, prompt: Sequence[int], stream: bool, settings: Mapping[str, Any]
+    ) -> Answer | Iterator[str]:
+        try:
+            params = SamplingParams(**settings)
+        except TypeError:
+            known = SamplingParams.__dataclass_fields__
+            wrong = ", ".join(sorted(set(settings) - set(known)))
+            raise UsageError(f"unknown setting {wrong}; known: {', '.join(known)}") from None
+        generation = self.submit(prompt, params)
+        if stream:
+            return (piece.text for piece in self.follow(generation) if piece.text)
+        pieces = list(self.follow(generation))
+        return summarize(generation, pieces)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def summarize(generation: Generation, pieces: Sequence[Piece]) -> Answer:
+    """The `Answer` of a finished generation and the pieces it gave.
+
+    Raises:
+        EngineError: it has not finished.
+    """
+    if generation.finish_reason is None:
+        raise EngineError("the generation has not finished")
+    n = len(generation.generated)
+    first, last = generation.first_token, generation.last_token
+    decode = (last - first) if first is not None and last is not None else 0.0
+    return Answer(
+        text="".join(piece.text for piece in pieces),
+        finish_reason=generation.finish_reason,
+        prompt_tokens=len(generation.prompt),
+        completion_tokens=n,
+        time_to_first_token=first - generation.submitted if first is not None else 0.0,
+        tokens_per_second=(n - 1) / decode if decode > 0 else 0.0,
+        logprobs=tuple(
+            (p.drawn.token, p.drawn.logprob, p.drawn.top) for p in pieces if p.drawn is not None
+        )
+        if generation.params.logprobs is not None
+        else (),
+    )
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    max_mem: str | int | None = None,
+    max_sequence_length: int | None = None,
+    enable_integrity_check: bool = True,
+    threads: int | None = None,
+    preset: str = "import",
+    max_sequences: int = 1,
+    accept_license: bool = False,
+    offline: bool = False,
+    isa: str | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Make a model ready: pull, quantize and compile what is missing, then open it.
+
+    Args:
+        model: a known name, `hf:ORG/NAME`, a checkpoint's path, or an artifact's directory.
+        max_mem: `2GB`, `1.5GiB` or bytes; the context shrinks to fit, or loading is refused.
+        max_sequence_length: positions of one conversation; None: the model's own context.
+        enable_integrity_check: compare every file with the manifest before use.
+        threads: None: one per core this process may use.
+        preset: `import`, `hybrid`, `q8` or `q4`, when the artifact has to be made.
+        max_sequences: conversations that run at once.
+        accept_license: for models whose licence asks for it.
+        offline: use only what is on this machine.
+        isa: `avx512`, `avx2` or `plain`; None: the best this CPU runs.
+        progress: called with (stage, done, total) while something long runs.
+
+    Raises:
+        FlashliteError: one line that says what failed, the limit, and the way out.
+    """
+    from flashlite.codegen.target import host_target
+
+    artifact = find_artifact(
+        str(model),
+        preset=preset,
+        check=enable_integrity_check,
+        accept_license=accept_license,
+        offline=offline,
+        progress=progress,
+    )
+    return open_model(
+        artifact,
+        host_target(isa),
+        max_mem=max_mem,
+        max_sequence_length=max_sequence_length,
+        enable_integrity_check=enable_integrity_check,
+        threads=threads,
+        max_sequences=max_sequences,
+    )
+
+
+def open_model(
+    artifact: Artifact,
+    target: Target,
+    *,
+    max_mem: str | int | None = None,
+    max_sequence_length: int | None = None,
+    enable_integrity_check: bool = True,
+    threads: int | None = None,
+    max_sequences: int = 1,
+) -> Model:
+    """Compile and open an artifact; arguments as `load`.
+
+    Raises:
+        FlashliteError: as `load`.
+    """
+    library = load_library(compile_artifact(artifact, target))
+    texts = load_texts(artifact)
+    tokenizer = Tokenizer.from_files(texts)
+    threads = default_threads() if threads is None else threads
+    ledger = make_ledger(artifact, library, threads, max_sequences)
+    tokens = plan_tokens(
+        ledger,
+        context=artifact.spec.max_context,
+        wanted=max_sequence_length,
+        ceiling=None if max_mem is None else parse_size(max_mem),
+    )
+    weights = load_weights(artifact, verify=enable_integrity_check)
+    engine = Engine(
+        library,
+        weights,
+        max_tokens=tokens * max_sequences,
+        threads=threads,
+        max_sequences=max_sequences,
+    )
+    return Model(artifact, tokenizer, Scheduler(engine, tokenizer, max_tokens=tokens))
+
+
+def make_ledger(artifact: Artifact, library: Library, threads: int, max_sequences: int) -> Ledger:
+    """What the model will hold, before any of it is allocated."""
+    info = library.describe(threads)
+    return Ledger(
+        weights=artifact.weights_size,
+        scratch=int(info.scratch_bytes),
+        logits=max_sequences * int(info.vocab_size) * 4,
+        runtime=resident_bytes(),
+        kv_page=int(info.page_bytes) * max_sequences,
+        page_tokens=int(info.page_tokens),
+    )

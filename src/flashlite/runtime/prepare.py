@@ -1,0 +1,114 @@
+"""From a name to something that runs: pull -> quantize -> compile, each done once and kept.
+
+    name, path or artifact  ->  Pulled  ->  Artifact  ->  library
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from blake3 import blake3
+
+from flashlite import paths
+from flashlite.artifact.format import Artifact
+from flashlite.artifact.read import open_artifact
+from flashlite.artifact.write import quantize
+from flashlite.checkpoint.open import open_checkpoint
+from flashlite.checkpoint.pull import Pulled, resolve_model
+from flashlite.checkpoint.tokenizer import build_tokenizer_checked
+from flashlite.codegen.emit import emit_model
+from flashlite.codegen.target import Target, host_target
+from flashlite.codegen.toolchain import build_library
+from flashlite.errors import ArtifactError
+from flashlite.model.families import describe
+
+__all__ = ["DEFAULT_MODEL", "Progress", "compile_artifact", "find_artifact", "make_artifact"]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) while something long runs."""
+
+
+def find_artifact(
+    model: str,
+    *,
+    preset: str = "import",
+    check: bool = True,
+    accept_license: bool = False,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """The artifact of a model, made now if it is not there.
+
+    Args:
+        model: a known name, `hf:ORG/NAME`, a checkpoint's path, or an artifact's directory.
+        preset: how to quantize when the artifact has to be made.
+        check: verify the small files against the manifest when opening.
+
+    Raises:
+        FlashliteError: whatever stage failed.
+    """
+    if Path(model, "manifest.json").is_file() or model.rstrip("/").endswith(".fl"):
+        return open_artifact(Path(model), enable_integrity_check=check)
+    pulled = resolve_model(
+        model, accept_license=accept_license, offline=offline, progress=_stage(progress, "pull")
+    )
+    directory = artifact_path(pulled, preset)
+    if directory.exists():
+        try:
+            return open_artifact(directory, enable_integrity_check=check)
+        except ArtifactError:
+            # Ours to make again: an older format or a damaged file, and the source is at hand.
+            pass
+    return make_artifact(pulled, preset, directory, progress=progress)
+
+
+def make_artifact(
+    pulled: Pulled, preset: str, directory: Path, *, progress: Progress | None = None
+) -> Artifact:
+    """Quantize a pulled checkpoint into `directory`; it appears whole or not at all.
+
+    Raises:
+        FlashliteError: the checkpoint, its tokenizer or the disk is at fault.
+    """
+    checkpoint = open_checkpoint(pulled.path)
+    source = describe(checkpoint)
+    tokenizer = build_tokenizer_checked(checkpoint)
+    return quantize(
+        source,
+        tokenizer,
+        directory,
+        preset,
+        name=pulled.name,
+        provenance={
+            "source": pulled.path.name,
+            "sha256": pulled.sha256,
+            "licence": pulled.licence,
+        },
+        progress=_stage(progress, "quantize"),
+    )
+
+
+def compile_artifact(artifact: Artifact, target: Target | None = None) -> Path:
+    """The artifact's library for a target, from the cache when it was built before.
+
+    Raises:
+        CompileError: no compiler, or it failed.
+        UnsupportedTarget: FL-612.
+    """
+    target = target or host_target()
+    return build_library(emit_model(artifact, target.isa), target)
+
+
+def artifact_path(pulled: Pulled, preset: str) -> Path:
+    """Where the artifact of this exact source and preset is kept."""
+    mark = blake3(f"{pulled.path.resolve()}|{pulled.sha256}".encode()).hexdigest()[:8]
+    return paths.data_dir() / "artifacts" / f"{pulled.name}-{preset}-{mark}.fl"
+
+
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(name, done, total)

@@ -1,0 +1,203 @@
+"""What runs next: requests in, one engine step at a time, pieces of text out.
+
+    submit -> waiting -> (pages reserved) running: prefill in chunks -> decode -> finished
+
+Each step takes one token of every decoding request, then fills what is left of the batch with
+prompt tokens of those still in prefill, at most `CHUNK_BESIDE_DECODE` of them while others decode,
+so that a long prompt does not freeze the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashlite.checkpoint.tokenizer import StreamDecoder, Tokenizer
+from flashlite.errors import ContextOverflow, UsageError
+from flashlite.runtime.engine import Engine, Sequence, Work
+from flashlite.runtime.kvpages import pages_for
+from flashlite.runtime.library import MAX_BATCH
+from flashlite.runtime.sampler import Drawn, Sampler
+from flashlite.runtime.sampling import SamplingParams, StopStrings
+
+__all__ = ["FinishReason", "Generation", "Piece", "Scheduler"]
+
+CHUNK_BESIDE_DECODE = 64
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token added: text that is final (it may be empty, or hold several tokens')."""
+
+    text: str
+    drawn: Drawn | None  # None in the piece that only flushes held-back text
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request on its way: fixed inputs first, then its state."""
+
+    prompt: NDArray[np.int32]
+    params: SamplingParams
+    room: int  # tokens it may generate
+    sampler: Sampler
+    decoder: StreamDecoder
+    stops: StopStrings
+    sequence: Sequence | None = None
+    pending: int | None = None  # drawn, not yet in the KV cache
+    generated: list[int] = field(default_factory=list)
+    pieces: deque[Piece] = field(default_factory=deque)  # for the caller to take
+    finish_reason: FinishReason | None = None
+    submitted: float = 0.0  # seconds of time.perf_counter
+    first_token: float | None = None
+    last_token: float | None = None
+
+    @property
+    def prefilled(self) -> int:
+        """Prompt tokens in the KV cache."""
+        return 0 if self.sequence is None else min(self.sequence.length, len(self.prompt))
+
+
+class Scheduler:
+    """Continuous batching over one engine; call `step` until `idle`."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_tokens: int) -> None:
+        """`max_tokens`: positions one sequence may hold, prompt and answer together."""
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self._ends = frozenset(tokenizer.tokens.eos)
+        self._waiting: deque[Generation] = deque()
+        self._running: list[Generation] = []
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._waiting and not self._running
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests (running, waiting)."""
+        return len(self._running), len(self._waiting)
+
+    def submit(self, prompt: Seq[int], params: SamplingParams) -> Generation:
+        """Queue a request.
+
+        Raises:
+            UsageError: the prompt is empty or a setting is outside its range.
+            ContextOverflow: FL-405, the prompt leaves no room for a single token.
+        """
+        params.check()
+        if not len(prompt):
+            raise UsageError("the prompt is empty: it has no tokens; give at least one character")
+        if len(prompt) >= self.max_tokens:
+            raise ContextOverflow(len(prompt) + 1, self.max_tokens)
+        room = self.max_tokens - len(prompt)
+        if params.max_tokens is not None:
+            room = min(room, params.max_tokens)
+        ids = np.asarray(prompt, np.int32)
+        generation = Generation(
+            prompt=ids,
+            params=params,
+            room=room,
+            sampler=Sampler(self.engine.library, params, ids, room),
+            decoder=self.tokenizer.stream(),
+            stops=StopStrings(params.stop),
+            submitted=time.perf_counter(),
+        )
+        self._waiting.append(generation)
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Stop a request before the next step; a finished one stays as it is."""
+        if generation.finish_reason is not None:
+            return
+        if generation in self._waiting:
+            self._waiting.remove(generation)
+        self._finish(generation, "cancelled", "")
+
+    def step(self) -> None:
+        """Run one engine step and append to the pieces of the requests it moved."""
+        self._admit()
+        batch = self._plan()
+        if not batch:
+            return
+        logits = self.engine.step([work for _, work in batch])
+        row = 0
+        for generation, work in batch:
+            generation.pending = None
+            if work.logits == "last":
+                self._advance(generation, logits[row])
+                row += 1
+
+    def _admit(self) -> None:
+        """First come, first served; a request starts when its whole length has pages."""
+        while self._waiting and len(self._running) < self.engine.max_sequences:
+            head = self._waiting[0]
+            tokens = len(head.prompt) + head.room
+            if pages_for(tokens) > self.engine.pool.free and self._running:
+                return
+            head.sequence = self.engine.new_sequence(tokens)
+            self._waiting.popleft()
+            self._running.append(head)
+
+    def _plan(self) -> list[tuple[Generation, Work]]:
+        batch: list[tuple[Generation, Work]] = []
+        for generation in self._running:
+            if generation.pending is not None and generation.sequence is not None:
+                batch.append((generation, Work(generation.sequence, [generation.pending])))
+        left = min(MAX_BATCH - len(batch), CHUNK_BESIDE_DECODE if batch else MAX_BATCH)
+        for generation in self._running:
+            done = generation.prefilled
+            if left <= 0 or done == len(generation.prompt) or generation.sequence is None:
+                continue
+            chunk = generation.prompt[done : done + left]
+            ends = done + len(chunk) == len(generation.prompt)
+            work = Work(generation.sequence, chunk, "last" if ends else "none")
+            batch.append((generation, work))
+            left -= len(chunk)
+        return batch
+
+    def _advance(self, generation: Generation, logits: NDArray[np.float32]) -> None:
+        """Draw the next token and turn it into text."""
+        drawn = generation.sampler.draw(logits)
+        now = time.perf_counter()
+        generation.last_token = now
+        if generation.first_token is None:
+            generation.first_token = now
+        generation.generated.append(drawn.token)
+        if drawn.token in self._ends:
+            self._finish(generation, "stop", "", drawn)
+            return
+        text = generation.stops.push(generation.decoder.push(drawn.token))
+        if generation.stops.stopped:
+            self._finish(generation, "stop", text, drawn)
+        elif len(generation.generated) >= generation.room:
+            self._finish(generation, "length", text, drawn)
+        else:
+            generation.pending = drawn.token
+            generation.pieces.append(Piece(text, drawn))
+
+    def _finish(
+        self, generation: Generation, reason: FinishReason, text: str, drawn: Drawn | None = None
+    ) -> None:
+        """Flush held-back text, release the pages, close the stream of pieces."""
+        if not generation.stops.stopped:
+            text += generation.stops.push(generation.decoder.finish())
+        if not generation.stops.stopped:
+            text += generation.stops.finish()
+        generation.finish_reason = reason
+        generation.pieces.append(Piece(text, drawn, reason))
+        if generation in self._running:
+            self._running.remove(generation)
+        if generation.sequence is not None:
+            generation.sequence.release()
