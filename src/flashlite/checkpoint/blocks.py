@@ -115,7 +115,7 @@ def read_bytes(info: TensorInfo) -> Bytes:
             if info.nbytes > size - info.offset:
                 raise _shorter(info, size)
             out = np.empty(info.nbytes, dtype=np.uint8)
-            view = memoryview(out)
+            view = out.data
             file.seek(info.offset)
             while len(view):
                 got = file.readinto(view)
@@ -223,7 +223,8 @@ def _q4_1(b: Bytes) -> Floats:
 
 def _fifth_bits(part: Bytes) -> Bytes:
     """Four bytes -> their 32 bits, lowest first, worth 16 each."""
-    return np.unpackbits(part, axis=1, bitorder="little") << 4
+    bits: Bytes = np.unpackbits(part, axis=1, bitorder="little")
+    return bits * np.uint8(16)
 
 
 def _q5_0(b: Bytes) -> Floats:
@@ -273,7 +274,7 @@ def _q4_k(b: Bytes) -> Floats:
 
 def _q5_k(b: Bytes) -> Floats:
     group = np.arange(8, dtype=np.uint8)[None, :, None]
-    fifth = (b[:, None, 16:48] >> group & 1) << 4  # bit g of byte l: value l of group g
+    fifth = (b[:, None, 16:48] >> group & 1) * np.uint8(16)  # bit g of byte l: value l of group g
     return _k_affine(b, _k_nibbles(b[:, 48:176]) | fifth)
 
 

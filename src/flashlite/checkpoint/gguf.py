@@ -47,7 +47,7 @@ _U64 = struct.Struct("<Q")
 
 # Type numbers of metadata values.
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS = {
+_NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
