@@ -202,7 +202,7 @@ static double total_of(const float *weights, uint32_t n) {
     return total;
 }
 
-/* log of the sum of exp(logit). */
+/* log of the sum of exp(logit - largest), at least 0. */
 static double log_sum(const float *logits, uint32_t vocab, float largest) {
     float weights[CHUNK];
     double sum = 0;
@@ -211,7 +211,7 @@ static double log_sum(const float *logits, uint32_t vocab, float largest) {
         weigh(weights, logits + at, n, largest, 1.0f);
         sum += total_of(weights, n);
     }
-    return (double)largest + log_at_least_1(sum);
+    return log_at_least_1(sum);
 }
 
 /* ---- cuts ---- */
@@ -296,9 +296,13 @@ static uint32_t keep_prefix(const float *values, const int32_t *ids, uint32_t n,
 
 /* ---- draws ---- */
 
+static float logprob_of(float logit, float largest, double log_total) {
+    return (float)((double)logit - (double)largest - log_total);
+}
+
 /* The n_top most likely, sorted; `values` and `ids` are scratch [vocab]. */
-static void find_top(const float *logits, uint32_t vocab, double log_total, float *values,
-                     int32_t *ids, fl_draw *draw) {
+static void find_top(const float *logits, uint32_t vocab, float largest, double log_total,
+                     float *values, int32_t *ids, fl_draw *draw) {
     uint32_t n = keep_prefix(logits, NULL, vocab, BY_COUNT, draw->n_top, values, ids);
     for (uint32_t i = 0; i < n; i++) { /* insertion: at most 64, and stable */
         uint32_t j = i;
@@ -310,7 +314,7 @@ static void find_top(const float *logits, uint32_t vocab, double log_total, floa
         draw->top_ids[j] = ids[i];
     }
     for (uint32_t i = 0; i < n; i++)
-        draw->top_logprobs[i] = (float)((double)draw->top_logprobs[i] - log_total);
+        draw->top_logprobs[i] = logprob_of(draw->top_logprobs[i], largest, log_total);
 }
 
 /* Steps 3 to 7. `weights` and `ids` are scratch [vocab]. */
@@ -359,7 +363,7 @@ fl_status fl_sample(float *logits, uint32_t vocab, const fl_sampling *sampling, 
     draw->logprob = 0;
     if (draw->skip_logprob && draw->n_top == 0) return FL_OK;
     double log_total = log_sum(logits, vocab, best.value);
-    draw->logprob = (float)((double)logits[draw->token] - log_total);
-    if (draw->n_top) find_top(logits, vocab, log_total, values, ids, draw);
+    draw->logprob = logprob_of(logits[draw->token], best.value, log_total);
+    if (draw->n_top) find_top(logits, vocab, best.value, log_total, values, ids, draw);
     return FL_OK;
 }
