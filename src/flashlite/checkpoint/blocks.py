@@ -223,8 +223,8 @@ def _q4_1(b: Bytes) -> Floats:
 
 def _fifth_bits(part: Bytes) -> Bytes:
     """Four bytes -> their 32 bits, lowest first, worth 16 each."""
-    bits: Bytes = np.unpackbits(part, axis=1, bitorder="little")
-    return bits * np.uint8(16)
+    bits: Bytes = np.unpackbits(part, axis=1, bitorder="little") * np.uint8(16)
+    return bits
 
 
 def _q5_0(b: Bytes) -> Floats:
