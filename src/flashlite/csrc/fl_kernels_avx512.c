@@ -1,0 +1,658 @@
+/* flashlite: the kernels for AVX-512 with VNNI (f, bw, vl, dq, vnni; Intel Ice Lake server, AMD
+ * Zen 4 and later).
+ *
+ * vpdpbusd multiplies 64 unsigned by 64 signed bytes and adds fours of products to 16 dwords: 4
+ * columns of the 16 rows of a block, or 4 channels of 16 tokens. The weights (or keys) are the
+ * unsigned side, the activations (or queries) the signed one, broadcast. Codes that are signed are
+ * made unsigned by adding an offset, and the dot product starts at -offset * (sum of the signed
+ * side), so that it stays the exact integer of fl_kernels.h. All float steps are those of
+ * fl_kernels_plain.c, in its order.
+ *
+ * Functions with a constant argument (`format`, `n`) are inlined into one copy per value.
+ */
+#include "fl_kernels.h"
+#include "fl_math.h"
+
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Arrays of vectors stay in registers only where every loop over them is unrolled. The loop over
+ * the columns of a group is not one of these: left rolled, clang spills accumulators no more; gcc
+ * copies every accumulator twice in a rolled loop, so there it is unrolled too. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_COLUMNS _Pragma("clang loop unroll_count(2)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_COLUMNS _Pragma("GCC unroll 8")
+#endif
+
+#define AHEAD 3072 /* bytes of weights that gemv asks for before it needs them */
+
+INLINE void prefetch(const void *base, size_t offset) {
+    _mm_prefetch((const char *)((uintptr_t)base + offset), _MM_HINT_T0); /* may lie past the end */
+}
+
+/* 16 half floats */
+INLINE __m512 load_half(const uint16_t *halves) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)halves));
+}
+
+/* The first n of 16 lanes; none or all where n lies outside. */
+INLINE __mmask16 lanes(int32_t n) {
+    return (__mmask16)(n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u);
+}
+
+/* Sum and maximum over all lanes, in every lane: lanes 8 apart first, then 4, 2, 1. */
+INLINE __m512 fold_add(__m512 v) {
+    v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));
+    v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+    v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
+    return _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
+}
+
+INLINE __m512 fold_max(__m512 v) {
+    v = _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));
+    v = _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+    v = _mm512_max_ps(v, _mm512_permute_ps(v, 0x4e));
+    return _mm512_max_ps(v, _mm512_permute_ps(v, 0xb1));
+}
+
+/* fl_exp. max and min return their second operand for NaN, as fl_exp's conditions do. */
+INLINE __m512 exp16(__m512 x) {
+    const __m512 lowest = _mm512_set1_ps(FL_EXP_MIN), magic = _mm512_set1_ps(FL_ROUND_MAGIC);
+    __m512 c = _mm512_min_ps(_mm512_max_ps(x, lowest), _mm512_set1_ps(FL_EXP_MAX));
+    __m512 n = _mm512_fmadd_ps(c, _mm512_set1_ps(FL_EXP_LOG2E), magic);
+    n = _mm512_sub_ps(n, magic);
+    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-FL_EXP_LN2_HI), c);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(-FL_EXP_LN2_LO), r);
+    __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(FL_EXP_P4), _mm512_set1_ps(FL_EXP_P3));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(FL_EXP_P2));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(FL_EXP_P1));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(FL_EXP_P0));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
+    p = _mm512_add_ps(p, _mm512_set1_ps(1.0f));
+    __m512i power = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    p = _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(power, 23)));
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ), p);
+}
+
+/* ---- quantizing ---- */
+
+/* One group of floats, zeros behind its end. */
+typedef struct {
+    __m512 low, high;
+} group_of_floats;
+
+INLINE group_of_floats load_group(const float *x, int32_t n) {
+    return (group_of_floats){.low = _mm512_maskz_loadu_ps(lanes(n), x),
+                             .high = _mm512_maskz_loadu_ps(lanes(n - 16), x + 16)};
+}
+
+/* Largest magnitude; NaN never wins. */
+INLINE float magnitude(group_of_floats x) {
+    __m512 amax = _mm512_max_ps(_mm512_abs_ps(x.high), _mm512_setzero_ps());
+    return _mm512_cvtss_f32(fold_max(_mm512_max_ps(_mm512_abs_ps(x.low), amax)));
+}
+
+/* fl_round_code of 16 values */
+INLINE __m128i round_codes(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-127.0f));
+    x = _mm512_min_ps(x, _mm512_set1_ps(127.0f));
+    return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
+}
+
+INLINE __m256i encode(group_of_floats x, float inverse) {
+    __m512 factor = _mm512_set1_ps(inverse);
+    __m128i low = round_codes(_mm512_mul_ps(x.low, factor));
+    __m128i high = round_codes(_mm512_mul_ps(x.high, factor));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+/* Sum of 32 codes: vpsadbw adds unsigned bytes, so each is raised by 128 first. */
+INLINE int32_t sum_codes(__m256i codes) {
+    __m256i raised = _mm256_xor_si256(codes, _mm256_set1_epi8((char)0x80));
+    __m256i sums = _mm256_sad_epu8(raised, _mm256_setzero_si256());
+    __m128i sum = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    sum = _mm_add_epi64(sum, _mm_unpackhi_epi64(sum, sum));
+    return _mm_cvtsi128_si32(sum) - 32 * 128;
+}
+
+/* One group of activations: codes and scale. */
+INLINE __m256i quantize_group(float *scale, const float *x, int32_t n) {
+    group_of_floats values = load_group(x, n);
+    float amax = magnitude(values);
+    if (!(amax >= FL_QUANT_TINY)) {
+        *scale = 0.0f;
+        return _mm256_setzero_si256();
+    }
+    *scale = amax / 127.0f;
+    return encode(values, 127.0f / amax);
+}
+
+static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, const float *x,
+                     int32_t cols) {
+    size_t width = (size_t)act->width, lane = (size_t)t % width;
+    size_t first = (size_t)t / width * (size_t)act->groups;
+    for (int32_t g = group0; g < group1; g++, x += FL_GROUP) {
+        size_t at = (first + (size_t)g) * width + lane;
+        __m256i codes = quantize_group(&act->scale[at], x, cols - g * FL_GROUP);
+        act->sum[at] = sum_codes(codes);
+        int32_t *out = act->codes + (first + (size_t)g) * 8 * width + lane;
+        if (width == 1) {
+            _mm256_storeu_si256((__m256i *)(void *)out, codes);
+            continue;
+        }
+        int32_t quads[8];
+        _mm256_storeu_si256((__m256i *)(void *)quads, codes);
+        for (size_t k4 = 0; k4 < 8; k4++) out[k4 * width] = quads[k4];
+    }
+}
+
+/* ---- matrix products ---- */
+
+/* Where the next group of one row block lies. */
+typedef struct {
+    const uint8_t *codes;
+    const uint16_t *scales, *mins;
+} cursor;
+
+INLINE size_t code_bytes(fl_format format) { return format == FL_Q8 ? 512 : 256; }
+
+INLINE cursor cursor_at(fl_format format, const fl_linear *w, int32_t block) {
+    size_t group = (size_t)block * (size_t)w->groups;
+    return (cursor){.codes = w->codes + group * code_bytes(format),
+                    .scales = w->scales + group * FL_BLOCK_ROWS,
+                    .mins = format == FL_Q4M ? w->mins + group * FL_BLOCK_ROWS : NULL};
+}
+
+INLINE void advance(fl_format format, cursor *at) {
+    at->codes += code_bytes(format);
+    at->scales += FL_BLOCK_ROWS;
+    if (format == FL_Q4M) at->mins += FL_BLOCK_ROWS;
+}
+
+/* Ask for one group `groups` behind this one. */
+INLINE void prefetch_group(fl_format format, const cursor *at, size_t groups) {
+    for (size_t i = 0; i < code_bytes(format); i += 64) {
+        prefetch(at->codes, groups * code_bytes(format) + i);
+    }
+    prefetch(at->scales, groups * FL_BLOCK_ROWS * sizeof *at->scales);
+    if (format == FL_Q4M) prefetch(at->mins, groups * FL_BLOCK_ROWS * sizeof *at->mins);
+}
+
+/* Columns 4 k4 .. 4 k4 + 3 of the 16 rows, unsigned: code + 128 for q8, the nibble for q4, q4m. */
+INLINE __m512i columns(fl_format format, const uint8_t *codes, size_t k4) {
+    if (format == FL_Q8) {
+        return _mm512_xor_si512(_mm512_loadu_si512(codes + 64 * k4),
+                                _mm512_set1_epi8((char)0x80));
+    }
+    __m512i both = _mm512_loadu_si512(codes + 64 * (k4 / 2));
+    if (k4 % 2) both = _mm512_srli_epi16(both, 4);
+    return _mm512_and_si512(both, _mm512_set1_epi8(15));
+}
+
+/* What takes the offset of the unsigned codes (128 or 8) off again: -offset * sum x. */
+INLINE __m512i start(fl_format format, int32_t sum) {
+    if (format == FL_Q4M) return _mm512_setzero_si512();
+    __m512i offset = _mm512_slli_epi32(_mm512_set1_epi32(sum), format == FL_Q8 ? 7 : 3);
+    return _mm512_sub_epi32(_mm512_setzero_si512(), offset);
+}
+
+INLINE __m512 add_group(fl_format format, __m512 acc, __m512i dot, __m512 scale, __m512 min,
+                        float scale_x, int32_t sum) {
+    __m512 sx = _mm512_set1_ps(scale_x);
+    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, sx), acc);
+    if (format != FL_Q4M) return acc;
+    __m512 sum_x = _mm512_cvtepi32_ps(_mm512_set1_epi32(sum));
+    return _mm512_fmadd_ps(min, _mm512_mul_ps(sx, sum_x), acc);
+}
+
+/* Bound by memory: one stream of weights, read in order. */
+INLINE void gemv_as(fl_format format, float *y, const fl_linear *w, int32_t block0, int32_t block1,
+                    const fl_act *act) {
+    cursor at = cursor_at(format, w, block0);
+    for (int32_t b = block0; b < block1; b++, y += FL_BLOCK_ROWS) {
+        const int32_t *x = act->codes;
+        __m512 acc = _mm512_setzero_ps();
+        for (int32_t g = 0; g < w->groups; g++, x += 8) {
+            __m512i even = start(format, act->sum[g]), odd = _mm512_setzero_si512();
+            prefetch_group(format, &at, AHEAD / code_bytes(format));
+            UNROLL for (size_t k4 = 0; k4 < 8; k4 += 2) {
+                even = _mm512_dpbusd_epi32(even, columns(format, at.codes, k4),
+                                           _mm512_set1_epi32(x[k4]));
+                odd = _mm512_dpbusd_epi32(odd, columns(format, at.codes, k4 + 1),
+                                          _mm512_set1_epi32(x[k4 + 1]));
+            }
+            __m512 scale = load_half(at.scales);
+            acc = add_group(format, acc, _mm512_add_epi32(even, odd), scale,
+                            format == FL_Q4M ? load_half(at.mins) : scale, act->scale[g],
+                            act->sum[g]);
+            advance(format, &at);
+        }
+        _mm512_storeu_ps(y, acc);
+    }
+}
+
+static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, const fl_act *act) {
+    switch (w->format) {
+    case FL_Q8: gemv_as(FL_Q8, y, w, block0, block1, act); break;
+    case FL_Q4: gemv_as(FL_Q4, y, w, block0, block1, act); break;
+    case FL_Q4M: gemv_as(FL_Q4M, y, w, block0, block1, act); break;
+    }
+}
+
+/* One tile of tokens by n = 1 or 2 row blocks: 2 x 12 accumulators fill the 32 registers. Codes
+ * are unpacked here, not into the panel: that costs the two spare vector pipes nothing and keeps
+ * the weights small enough for the first-level cache. `ahead`: groups from here to what the next
+ * tile row will need. */
+INLINE void multiply_tile(fl_format format, int n, float *y, size_t stride, const cursor *w,
+                          int32_t groups, const int32_t *x, const float *scale,
+                          const int32_t *sum, size_t ahead) {
+    cursor at[2] = {w[0], w[n - 1]};
+    __m512 acc[FL_TILE][2];
+    UNROLL for (int t = 0; t < FL_TILE; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+    for (int32_t g = 0; g < groups; g++, x += 8 * FL_TILE, scale += FL_TILE, sum += FL_TILE) {
+        __m512i dot[FL_TILE][2];
+        UNROLL for (int t = 0; t < FL_TILE; t++) dot[t][0] = dot[t][1] = start(format, sum[t]);
+        UNROLL_COLUMNS for (size_t k4 = 0; k4 < 8; k4++) {
+            __m512i w0 = columns(format, at[0].codes, k4);
+            __m512i w1 = n > 1 ? columns(format, at[1].codes, k4) : w0;
+            UNROLL for (int t = 0; t < FL_TILE; t++) {
+                __m512i four = _mm512_set1_epi32(x[FL_TILE * k4 + (size_t)t]);
+                dot[t][0] = _mm512_dpbusd_epi32(dot[t][0], w0, four);
+                if (n > 1) dot[t][1] = _mm512_dpbusd_epi32(dot[t][1], w1, four);
+            }
+        }
+        UNROLL for (int b = 0; b < n; b++) {
+            __m512 scale_w = load_half(at[b].scales);
+            __m512 min = format == FL_Q4M ? load_half(at[b].mins) : scale_w;
+            UNROLL for (int t = 0; t < FL_TILE; t++) {
+                acc[t][b] = add_group(format, acc[t][b], dot[t][b], scale_w, min, scale[t], sum[t]);
+            }
+            prefetch_group(format, &at[b], ahead);
+            advance(format, &at[b]);
+        }
+    }
+    UNROLL for (int t = 0; t < FL_TILE; t++) {
+        UNROLL for (int b = 0; b < n; b++) {
+            _mm512_storeu_ps(y + (size_t)t * stride + FL_BLOCK_ROWS * b, acc[t][b]);
+        }
+    }
+}
+
+/* All tokens by n row blocks, which stay in the first-level cache. */
+INLINE void multiply_blocks(fl_format format, int n, float *y, size_t stride, const fl_linear *w,
+                            int32_t block, int more, const fl_act *act) {
+    cursor at[2] = {cursor_at(format, w, block), cursor_at(format, w, block + n - 1)};
+    size_t groups = (size_t)act->groups, tile_scales = groups * FL_TILE;
+    size_t ahead = more ? (size_t)n * groups : 0;
+    const int32_t *x = act->codes, *sum = act->sum;
+    const float *scale = act->scale;
+    for (int32_t t = 0; t < act->n; t += FL_TILE, y += FL_TILE * stride) {
+        multiply_tile(format, n, y, stride, at, w->groups, x, scale, sum, ahead);
+        x += tile_scales * 8, scale += tile_scales, sum += tile_scales;
+        ahead = 0;
+    }
+}
+
+INLINE void gemm_as(fl_format format, float *y, size_t stride, const fl_linear *w, int32_t block0,
+                    int32_t block1, const fl_act *act) {
+    int32_t b = block0;
+    for (; b + 2 <= block1; b += 2, y += 2 * FL_BLOCK_ROWS) {
+        multiply_blocks(format, 2, y, stride, w, b, b + 4 <= block1, act);
+    }
+    if (b < block1) multiply_blocks(format, 1, y, stride, w, b, 0, act);
+}
+
+static void gemm(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
+                 const fl_act *act, void *panel) {
+    (void)panel;
+    switch (w->format) {
+    case FL_Q8: gemm_as(FL_Q8, y, stride, w, block0, block1, act); break;
+    case FL_Q4: gemm_as(FL_Q4, y, stride, w, block0, block1, act); break;
+    case FL_Q4M: gemm_as(FL_Q4M, y, stride, w, block0, block1, act); break;
+    }
+}
+
+/* ---- keys and values ---- */
+
+/* The arrays of one page. */
+typedef struct {
+    int8_t *k, *v;
+    uint16_t *k_scales, *v_scales;
+} page_view;
+
+INLINE page_view view_page(const fl_kv *kv, int32_t page) {
+    uint8_t *base = kv->base + (size_t)kv->pages[page] * kv->page_bytes;
+    size_t dim = (size_t)kv->head_dim, scales = (dim + FL_GROUP - 1) / FL_GROUP * 64;
+    return (page_view){.k = (int8_t *)base,
+                       .k_scales = (uint16_t *)(void *)(base + dim * 32),
+                       .v = (int8_t *)(base + dim * 32 + scales),
+                       .v_scales = (uint16_t *)(void *)(base + dim * 64 + scales)};
+}
+
+/* One group of a key or value, taken against its scale as it is stored, rounded to half. */
+INLINE __m256i quantize_half(uint16_t *stored, const float *x, int32_t n) {
+    group_of_floats values = load_group(x, n);
+    float scale = magnitude(values) / 127.0f;
+    *stored = fl_float_to_half(scale < 65504.0f ? scale : 65504.0f);
+    if (*stored == 0) return _mm256_setzero_si256();
+    return encode(values, 1.0f / fl_half_to_float(*stored));
+}
+
+static void store_kv(const fl_kv *kv, int32_t position, const float *k, const float *v) {
+    page_view page = view_page(kv, position / 32);
+    size_t t = (size_t)position % 32;
+    for (int32_t c = 0, g = 0; c < kv->head_dim; c += FL_GROUP, g++) {
+        int32_t n = kv->head_dim - c < FL_GROUP ? kv->head_dim - c : FL_GROUP;
+        int8_t codes[FL_GROUP];
+        __m256i coded = quantize_half(&page.k_scales[(size_t)g * 32 + t], k + c, n);
+        _mm256_storeu_si256((__m256i *)(void *)codes, coded);
+        for (int32_t i = 0; i < n; i += 4) {
+            memcpy(page.k + ((size_t)(c + i) / 4 * 32 + t) * 4, codes + i, 4);
+        }
+        coded = quantize_half(&page.v_scales[(size_t)g * 32 + t], v + c, n);
+        _mm256_storeu_si256((__m256i *)(void *)codes, coded);
+        memcpy(page.v + t * (size_t)kv->head_dim + (size_t)c, codes, (size_t)n);
+    }
+}
+
+/* ---- attention ---- */
+
+#define SCORE_QUERIES 4   /* queries scored together: 8 dot products, 8 sums */
+#define COMBINE_QUERIES 8 /* queries whose outputs are summed together: 16 vectors */
+
+/* The scratch of one call, G = whole and partial groups of head_dim. Groups are always whole
+ * here: codes of queries are padded with zeros, and the keys and values of a partial last group
+ * are copied to a padded place. */
+typedef struct {
+    int32_t groups;
+    int32_t *codes;   /* [n_q][8 G] four s8 codes of a query each */
+    float *scale;     /* [n_q][G] */
+    int32_t *start;   /* [n_q][G] -128 * sum of the codes */
+    float *p;         /* [n_q][32] of one page: scores, then probabilities */
+    float *factor;    /* [n_q] of one page: what earlier sums are multiplied by */
+    float *m, *total; /* [n_q] running maximum and sum of probabilities */
+    float *acc;       /* [n_q][32 G] running outputs */
+    float *weighted;  /* [COMBINE_QUERIES][32] probabilities times the value scales of one group */
+    int8_t *k, *v;    /* [8][32][4], [32][32] the partial last group of one page */
+} attention;
+
+/* The next n * size bytes of scratch, aligned. */
+INLINE void *carve(char **scratch, size_t n, size_t size) {
+    void *at = *scratch;
+    *scratch += (n * size + FL_ALIGN - 1) / FL_ALIGN * FL_ALIGN;
+    return at;
+}
+
+static attention open_attention(const float *q, int32_t n_q, int32_t head_dim, void *scratch) {
+    size_t n = (size_t)n_q, groups = ((size_t)head_dim + FL_GROUP - 1) / FL_GROUP;
+    char *free = scratch;
+    attention a = {.groups = (int32_t)groups};
+    a.k = carve(&free, 32 * FL_GROUP, 1), a.v = carve(&free, 32 * FL_GROUP, 1);
+    a.weighted = carve(&free, COMBINE_QUERIES * 32, sizeof *a.weighted);
+    a.m = carve(&free, n, sizeof *a.m), a.total = carve(&free, n, sizeof *a.total);
+    a.factor = carve(&free, n, sizeof *a.factor);
+    a.scale = carve(&free, n * groups, sizeof *a.scale);
+    a.start = carve(&free, n * groups, sizeof *a.start);
+    a.p = carve(&free, n * 32, sizeof *a.p);
+    a.codes = carve(&free, n * groups * 8, sizeof *a.codes);
+    a.acc = carve(&free, n * groups * FL_GROUP, sizeof *a.acc);
+    memset(a.k, 0, 2 * 32 * FL_GROUP); /* k and v */
+    memset(a.acc, 0, n * groups * FL_GROUP * sizeof *a.acc);
+    for (size_t i = 0; i < n; i++, q += head_dim) {
+        a.m[i] = -FLT_MAX;
+        a.total[i] = 0.0f;
+        for (size_t g = 0; g < groups; g++) {
+            int32_t left = head_dim - (int32_t)g * FL_GROUP;
+            size_t at = i * groups + g;
+            __m256i codes = quantize_group(&a.scale[at], q + g * FL_GROUP, left);
+            _mm256_storeu_si256((__m256i *)(void *)(a.codes + at * 8), codes);
+            a.start[at] = -128 * sum_codes(codes);
+        }
+    }
+    return a;
+}
+
+/* Copy what a partial last group of the page holds to its padded place. */
+static void copy_partial_group(const attention *a, const page_view *page, size_t head_dim) {
+    size_t whole = head_dim / FL_GROUP * FL_GROUP, rest = head_dim - whole;
+    memcpy(a->k, page->k + whole * 32, rest * 32);
+    for (size_t t = 0; t < 32; t++) {
+        memcpy(a->v + t * FL_GROUP, page->v + t * head_dim + whole, rest);
+    }
+}
+
+/* Scores of n queries from `i` on, against the 32 tokens of one page. */
+INLINE void score_queries(int n, const attention *a, int32_t i, const page_view *page,
+                          int32_t whole) {
+    const __m512i flip = _mm512_set1_epi8((char)0x80);
+    size_t groups = (size_t)a->groups, at = (size_t)i * groups;
+    __m512 score[SCORE_QUERIES][2];
+    UNROLL for (int j = 0; j < n; j++) score[j][0] = score[j][1] = _mm512_setzero_ps();
+    for (size_t g = 0; g < groups; g++, at++) {
+        const int8_t *k = (int32_t)g < whole ? page->k + g * 32 * FL_GROUP : a->k;
+        __m512i dot[SCORE_QUERIES][2];
+        UNROLL for (int j = 0; j < n; j++) {
+            dot[j][0] = dot[j][1] = _mm512_set1_epi32(a->start[at + (size_t)j * groups]);
+        }
+        UNROLL_COLUMNS for (size_t k4 = 0; k4 < 8; k4++) {
+            __m512i k0 = _mm512_xor_si512(_mm512_loadu_si512(k + 128 * k4), flip);
+            __m512i k1 = _mm512_xor_si512(_mm512_loadu_si512(k + 128 * k4 + 64), flip);
+            UNROLL for (int j = 0; j < n; j++) {
+                __m512i q = _mm512_set1_epi32(a->codes[(at + (size_t)j * groups) * 8 + k4]);
+                dot[j][0] = _mm512_dpbusd_epi32(dot[j][0], k0, q);
+                dot[j][1] = _mm512_dpbusd_epi32(dot[j][1], k1, q);
+            }
+        }
+        __m512 s0 = load_half(page->k_scales + g * 32), s1 = load_half(page->k_scales + g * 32 + 16);
+        UNROLL for (int j = 0; j < n; j++) {
+            __m512 sq = _mm512_set1_ps(a->scale[at + (size_t)j * groups]);
+            score[j][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[j][0]), _mm512_mul_ps(s0, sq),
+                                          score[j][0]);
+            score[j][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[j][1]), _mm512_mul_ps(s1, sq),
+                                          score[j][1]);
+        }
+    }
+    UNROLL for (int j = 0; j < n; j++) {
+        _mm512_storeu_ps(a->p + (i + j) * 32, score[j][0]);
+        _mm512_storeu_ps(a->p + (i + j) * 32 + 16, score[j][1]);
+    }
+}
+
+static void score_page(const attention *a, int32_t n_q, const page_view *page, int32_t whole) {
+    int32_t i = 0;
+    for (; i + SCORE_QUERIES <= n_q; i += SCORE_QUERIES) {
+        score_queries(SCORE_QUERIES, a, i, page, whole);
+    }
+    switch (n_q - i) {
+    case 1: score_queries(1, a, i, page, whole); break;
+    case 2: score_queries(2, a, i, page, whole); break;
+    case 3: score_queries(3, a, i, page, whole); break;
+    default: break;
+    }
+}
+
+/* Scores of query i become probabilities; `mask`: the tokens of the page that it sees, perhaps
+ * none. */
+INLINE void softmax(const attention *a, int32_t i, uint32_t mask) {
+    __mmask16 mask0 = (__mmask16)(mask & 0xffff), mask1 = (__mmask16)(mask >> 16);
+    float *p = a->p + i * 32;
+    __m512 p0 = _mm512_loadu_ps(p), p1 = _mm512_loadu_ps(p + 16), m = _mm512_set1_ps(a->m[i]);
+    __m512 top = _mm512_mask_max_ps(m, mask0, p0, m);
+    top = fold_max(_mm512_mask_max_ps(top, mask1, p1, top));
+    p0 = _mm512_maskz_mov_ps(mask0, exp16(_mm512_sub_ps(p0, top)));
+    p1 = _mm512_maskz_mov_ps(mask1, exp16(_mm512_sub_ps(p1, top)));
+    _mm512_storeu_ps(p, p0);
+    _mm512_storeu_ps(p + 16, p1);
+    a->m[i] = _mm512_cvtss_f32(top);
+    a->factor[i] = _mm512_cvtss_f32(exp16(_mm512_sub_ps(m, top)));
+    float total = _mm512_cvtss_f32(fold_add(_mm512_add_ps(p0, p1)));
+    a->total[i] = fl_fma(a->total[i], a->factor[i], total);
+}
+
+/* The running outputs of n queries from `i` on, in group g: acc = acc * factor + sum p v over the
+ * tokens [low, high]. Each value is made a float once for all n. */
+INLINE void combine_queries(int n, const attention *a, int32_t i, size_t g, const uint16_t *scales,
+                            const int8_t *v, size_t stride, int32_t low, int32_t high) {
+    /* Outside [low, high] the page may never have been written, and 0 * NaN is not 0. */
+    uint32_t mask = (0xffffffffu << low) & (0xffffffffu >> (31 - high));
+    __m512 s0 = _mm512_maskz_mov_ps((__mmask16)(mask & 0xffff), load_half(scales));
+    __m512 s1 = _mm512_maskz_mov_ps((__mmask16)(mask >> 16), load_half(scales + 16));
+    size_t row = (size_t)a->groups * FL_GROUP;
+    float *out = a->acc + (size_t)i * row + g * FL_GROUP;
+    __m512 acc[COMBINE_QUERIES][2];
+    UNROLL for (int j = 0; j < n; j++) {
+        const float *p = a->p + (i + j) * 32;
+        _mm512_storeu_ps(a->weighted + j * 32, _mm512_mul_ps(_mm512_loadu_ps(p), s0));
+        _mm512_storeu_ps(a->weighted + j * 32 + 16, _mm512_mul_ps(_mm512_loadu_ps(p + 16), s1));
+        __m512 factor = _mm512_set1_ps(a->factor[i + j]);
+        const float *from = out + (size_t)j * row;
+        acc[j][0] = _mm512_mul_ps(_mm512_loadu_ps(from), factor);
+        acc[j][1] = _mm512_mul_ps(_mm512_loadu_ps(from + 16), factor);
+    }
+    for (int32_t t = low; t <= high; t++) {
+        const __m128i *codes = (const __m128i *)(const void *)(v + (size_t)t * stride);
+        __m512 v0 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes)));
+        __m512 v1 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + 1)));
+        UNROLL for (int j = 0; j < n; j++) {
+            __m512 p = _mm512_set1_ps(a->weighted[j * 32 + t]);
+            acc[j][0] = _mm512_fmadd_ps(p, v0, acc[j][0]);
+            acc[j][1] = _mm512_fmadd_ps(p, v1, acc[j][1]);
+        }
+    }
+    UNROLL for (int j = 0; j < n; j++) {
+        _mm512_storeu_ps(out + (size_t)j * row, acc[j][0]);
+        _mm512_storeu_ps(out + (size_t)j * row + 16, acc[j][1]);
+    }
+}
+
+static void combine_page(const attention *a, int32_t n_q, const page_view *page, size_t head_dim,
+                         int32_t low, int32_t high) {
+    for (size_t g = 0; g < (size_t)a->groups; g++) {
+        int partial = (g + 1) * FL_GROUP > head_dim;
+        const int8_t *v = partial ? a->v : page->v + g * FL_GROUP;
+        size_t stride = partial ? FL_GROUP : head_dim;
+        const uint16_t *scales = page->v_scales + g * 32;
+        int32_t i = 0;
+        for (; i + COMBINE_QUERIES <= n_q; i += COMBINE_QUERIES) {
+            combine_queries(COMBINE_QUERIES, a, i, g, scales, v, stride, low, high);
+        }
+        switch (n_q - i) {
+        case 1: combine_queries(1, a, i, g, scales, v, stride, low, high); break;
+        case 2: combine_queries(2, a, i, g, scales, v, stride, low, high); break;
+        case 3: combine_queries(3, a, i, g, scales, v, stride, low, high); break;
+        case 4: combine_queries(4, a, i, g, scales, v, stride, low, high); break;
+        case 5: combine_queries(5, a, i, g, scales, v, stride, low, high); break;
+        case 6: combine_queries(6, a, i, g, scales, v, stride, low, high); break;
+        case 7: combine_queries(7, a, i, g, scales, v, stride, low, high); break;
+        default: break;
+        }
+    }
+}
+
+/* Bits of the positions [first, last] in the page whose first position is `base`. */
+INLINE uint32_t page_mask(int32_t base, int32_t first, int32_t last) {
+    int32_t low = first > base ? first - base : 0, high = last < base + 31 ? last - base : 31;
+    return low > high ? 0u : (0xffffffffu << low) & (0xffffffffu >> (31 - high));
+}
+
+static void attend_page(const attention *a, const fl_kv *kv, int32_t page_index, int32_t n_q,
+                        const int32_t *first, const int32_t *last) {
+    int32_t base = page_index * 32;
+    page_view page = view_page(kv, page_index);
+    uint32_t seen = 0, mask[FL_MAX_QUERIES];
+    for (int32_t i = 0; i < n_q; i++) seen |= mask[i] = page_mask(base, first[i], last[i]);
+    if (seen == 0) return;
+    if (kv->head_dim % FL_GROUP) copy_partial_group(a, &page, (size_t)kv->head_dim);
+    score_page(a, n_q, &page, kv->head_dim / FL_GROUP);
+    for (int32_t i = 0; i < n_q; i++) softmax(a, i, mask[i]);
+    combine_page(a, n_q, &page, (size_t)kv->head_dim, __builtin_ctz(seen),
+                 31 - __builtin_clz(seen));
+}
+
+static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
+                   const int32_t *last, void *scratch) {
+    attention a = open_attention(q, n_q, kv->head_dim, scratch);
+    int32_t begin = INT32_MAX, end = -1;
+    for (int32_t i = 0; i < n_q; i++) {
+        if (first[i] > last[i]) continue;
+        begin = first[i] < begin ? first[i] : begin;
+        end = last[i] > end ? last[i] : end;
+    }
+    size_t bytes = fl_kv_bytes(kv->head_dim, 0);
+    for (int32_t page = begin / 32; end >= 0 && page <= end / 32; page++) {
+        if (page < end / 32) {
+            const int8_t *next = view_page(kv, page + 1).k;
+            for (size_t i = 0; i < bytes; i += 64) prefetch(next, i);
+        }
+        attend_page(&a, kv, page, n_q, first, last);
+    }
+    for (int32_t i = 0; i < n_q; i++, out += kv->head_dim) {
+        const float *acc = a.acc + (size_t)i * (size_t)a.groups * FL_GROUP;
+        float total = first[i] > last[i] ? 1.0f : a.total[i]; /* a query that sees nothing gets 0 */
+        for (int32_t c = 0; c < kv->head_dim; c += 16) {
+            __m512 sum = _mm512_div_ps(_mm512_loadu_ps(acc + c), _mm512_set1_ps(total));
+            _mm512_mask_storeu_ps(out + c, lanes(kv->head_dim - c), sum);
+        }
+    }
+}
+
+/* ---- whole rows ---- */
+
+static void rmsnorm(float *y, const float *x, const float *weight, int32_t n, float eps) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int32_t i = 0; i < n; i += 16) {
+        __m512 v = _mm512_maskz_loadu_ps(lanes(n - i), x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    float mean = _mm512_cvtss_f32(fold_add(sum)) / (float)n;
+    __m512 scale = _mm512_set1_ps(fl_rsqrt(mean + eps));
+    for (int32_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(n - i);
+        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
+        v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i));
+        _mm512_mask_storeu_ps(y + i, mask, v);
+    }
+}
+
+/* fl_silu and fl_gelu share x / (1 + e^u); u = -x, or FL_GELU_A x (1 + FL_GELU_B x^2). */
+INLINE void gate_mul(int gelu, float *y, const float *gate, const float *up, int32_t n) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (int32_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(n - i);
+        __m512 x = _mm512_maskz_loadu_ps(mask, gate + i), u;
+        if (gelu) {
+            u = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(FL_GELU_B), x), x, one);
+            u = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(FL_GELU_A), x), u);
+        } else {
+            u = _mm512_sub_ps(_mm512_setzero_ps(), x);
+        }
+        __m512 v = _mm512_div_ps(x, _mm512_add_ps(one, exp16(u)));
+        v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, up + i));
+        _mm512_mask_storeu_ps(y + i, mask, v);
+    }
+}
+
+static void silu_mul(float *y, const float *gate, const float *up, int32_t n) {
+    gate_mul(0, y, gate, up, n);
+}
+
+static void gelu_mul(float *y, const float *gate, const float *up, int32_t n) {
+    gate_mul(1, y, gate, up, n);
+}
+
+const fl_kernels fl_kernels_avx512 = {
+    .isa = "avx512",
+    .fp32 = 0,
+    .quantize = quantize,
+    .gemv = gemv,
+    .gemm = gemm,
+    .store_kv = store_kv,
+    .attend = attend,
+    .rmsnorm = rmsnorm,
+    .silu_mul = silu_mul,
+    .gelu_mul = gelu_mul,
+};
