@@ -273,12 +273,14 @@ def _gguf_factors(checkpoint: Checkpoint, head_dim: int) -> tuple[float, ...] | 
 
 
 def _refuse_set(fields: Fields, *keys: str) -> None:
-    """Refuse arithmetic that no flashlite engine has; 0, false and null mean it is off."""
+    """Refuse arithmetic that no flashlite engine has; absent, null, 0 and false mean it is off."""
     for key in keys:
-        if fields.values.get(fields.prefix + key):
-            raise UnsupportedModel(
-                f"metadata {fields.prefix}{key} asks for something flashlite does not run",
-                path=fields.path,
-                value=fields.values[fields.prefix + key],
-                limit="absent or 0",
-            )
+        value = fields.values.get(fields.prefix + key)
+        if value is None or (isinstance(value, (bool, int, float)) and not value):
+            continue
+        raise UnsupportedModel(
+            f"metadata {fields.prefix}{key} asks for something flashlite does not run",
+            path=fields.path,
+            value=value if isinstance(value, (bool, int, float)) else type(value).__name__,
+            limit="absent or 0",
+        )

@@ -85,6 +85,8 @@ class Fields:
         return value
 
     def _refuse(self, key: str, value: object, limit: str) -> CheckpointError:
+        scalar = isinstance(value, (bool, int, float, str))
+        shown = repr(value) if scalar else f"a value of type {type(value).__name__}"
         return CheckpointError(
-            f"metadata {self.prefix}{key}", path=self.path, value=repr(value), limit=limit
+            f"metadata {self.prefix}{key}", path=self.path, value=shown, limit=limit
         )

@@ -52,7 +52,7 @@ def top1_agreement(p_logits: Logits, q_logits: Logits) -> float:
 
 
 def perplexity(logits: Logits, targets: NDArray[np.integer]) -> float:
-    """exp of the mean negative log-likelihood: row i scores targets[i], the token after it.
+    """Exponential of the mean negative log-likelihood: row i scores targets[i], the token after it.
 
     Raises:
         UsageError: there is not one target per row, or one is no id of the vocabulary.

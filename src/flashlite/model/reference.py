@@ -50,8 +50,8 @@ class Reference:
             UsageError: `ids` is empty, not one-dimensional, or holds an id outside the vocabulary.
             ContextOverflow: more ids than the model has positions.
         """
-        hidden = self.hidden(ids)[rows]
-        return hidden @ self._weight("embed" if self.spec.tied_head else "head").T
+        head = self._weight("embed" if self.spec.tied_head else "head")
+        return _linear(self.hidden(ids)[rows], head)
 
     def hidden(self, ids: NDArray[np.integer]) -> Floats:
         """What the head reads: the residual after the final norm, (ids, d_model).
@@ -82,28 +82,30 @@ class Reference:
             _attend(q[h], k[h // group], v[h // group], spec.softmax_scale, window)
             for h in range(spec.n_heads)
         ]
-        y = np.concatenate(heads, axis=-1) @ self._weight(layer + "o").T
+        y = _linear(np.concatenate(heads, axis=-1), self._weight(layer + "o"))
         return self._norm(layer + "post_attn_norm", y) if spec.post_norms else y
 
     def _project(self, name: str, x: Floats) -> Floats:
         """q, k or v by head: (heads, positions, head_dim)."""
-        y = x @ self._weight(name).T
+        y = _linear(x, self._weight(name))
         if self.spec.qkv_bias:
-            y = y + self._weight(name + "_bias")
-        return y.reshape(len(x), -1, self.spec.head_dim).swapaxes(0, 1)
+            y += self._weight(name + "_bias")
+        by_head: Floats = y.reshape(len(x), -1, self.spec.head_dim).swapaxes(0, 1)
+        return by_head
 
     def _mlp(self, i: int, x: Floats) -> Floats:
         spec, layer = self.spec, f"layers.{i}."
         x = self._norm(layer + "ffn_norm", x)
-        gate, up = x @ self._weight(layer + "gate").T, x @ self._weight(layer + "up").T
+        gate, up = (_linear(x, self._weight(layer + name)) for name in ("gate", "up"))
         act = _silu if spec.activation == "silu" else _gelu_tanh
-        y = (act(gate) * up) @ self._weight(layer + "down").T
+        y = _linear(act(gate) * up, self._weight(layer + "down"))
         return self._norm(layer + "post_ffn_norm", y) if spec.post_norms else y
 
     def _norm(self, name: str, x: Floats) -> Floats:
         """RMSNorm over the last axis."""
         mean = np.mean(x * x, axis=-1, keepdims=True)
-        return x / np.sqrt(mean + np.float32(self.spec.norm_eps)) * self._weight(name)
+        y: Floats = x / np.sqrt(mean + np.float32(self.spec.norm_eps)) * self._weight(name)
+        return y
 
     def _check(self, ids: NDArray[np.integer]) -> None:
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
@@ -132,11 +134,19 @@ def _attend(q: Floats, k: Floats, v: Floats, scale: float, window: int | None) -
     return out
 
 
+def _linear(x: Floats, w: Floats) -> Floats:
+    """(n, inputs) by (outputs, inputs): (n, outputs)."""
+    y: Floats = x @ w.T
+    return y
+
+
 def _silu(x: Floats) -> Floats:
     with np.errstate(over="ignore"):  # exp(-x) = inf gives the right -0
-        return x / (1 + np.exp(-x))
+        y: Floats = x / (1 + np.exp(-x))
+    return y
 
 
 def _gelu_tanh(x: Floats) -> Floats:
     inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
-    return np.float32(0.5) * x * (1 + np.tanh(inner))
+    y: Floats = np.float32(0.5) * x * (1 + np.tanh(inner))
+    return y

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from flashlite.errors import CheckpointError, UnsupportedModel
 from flashlite.model.spec import ModelSpec
 
 __all__ = ["Source", "SourceModel", "connect"]
+
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def _refuse_unused(checkpoint: Checkpoint, used: set[str], spec: ModelSpec) -> N
         )
 
 
-def _halves(rows: NDArray[np.generic], heads: int) -> NDArray:  # type: ignore[type-arg]
+def _halves(rows: NDArray[T], heads: int) -> NDArray[T]:
     """Rows (2j, 2j + 1) of every head, brought to (j, j + head_dim / 2)."""
     order = np.arange(len(rows)).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
-    return rows[order]
+    halves: NDArray[T] = rows[order]
+    return halves

@@ -1,0 +1,151 @@
+"""The NumPy reference against transformers, against itself, and on a real model."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flashlite.checkpoint.open import open_checkpoint
+from flashlite.errors import ContextOverflow, UsageError
+from flashlite.model import Reference, SourceModel, describe
+
+
+def in_memory(source: SourceModel) -> dict[str, NDArray[np.float32]]:
+    return {name: source.tensor(name) for name, _ in source.spec.shapes()}
+
+
+def test_logits_equal_those_of_transformers(case: Any) -> None:
+    assert np.abs(case.logits).max() > 3  # so that the tolerance means something
+    found = Reference(case.source.spec, case.source.tensor).logits(case.ids)
+    np.testing.assert_allclose(found, case.logits, rtol=0, atol=1e-4)
+
+
+def test_fixtures_cover_what_families_differ_in(cases: Mapping[str, Any]) -> None:
+    specs = {name: case.source.spec for name, case in cases.items()}
+    assert not specs["llama"].tied_head
+    assert specs["llama-scaled"].tied_head
+    assert specs["llama-scaled"].rope_llama3 is not None
+    assert specs["llama-scaled"].q_rows != specs["llama-scaled"].d_model
+    assert set(specs["gemma3"].sliding_layers) == {True, False}
+    assert specs["gemma3"].sliding_window < len(cases["gemma3"].ids)
+    assert specs["qwen2"].qkv_bias
+    assert set(specs["qwen2"].sliding_layers) == {True, False}
+    assert specs["qwen3"].qk_norm
+    assert all(len(list(c.folder.glob("*.safetensors"))) > 1 for c in cases.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", {"rope_theta": 10100.0}),
+        ("llama", {"norm_eps": 1e-3}),
+        ("llama", {"activation": "gelu_tanh"}),
+        ("llama", {"attn_scale": 0.36}),
+        ("llama-scaled", {"rope_llama3": None}),
+        ("llama-scaled", {"qkv_bias": False}),
+        ("gemma3", {"rope_linear": 1.0}),
+        ("gemma3", {"rope_theta_local": None}),
+        ("gemma3", {"attn_scale": None}),
+        ("gemma3", {"embed_scale": 1.0}),
+        ("gemma3", {"activation": "silu"}),
+        ("gemma3", {"post_norms": False}),
+        ("gemma3", {"qk_norm": False}),
+        ("gemma3", {"sliding_window": 11}),
+        ("gemma3", {"sliding_window": 9}),
+        ("gemma3", {"sliding_layers": (True, True, True, False)}),
+        ("qwen2", {"qkv_bias": False}),
+        ("qwen2", {"sliding_layers": ()}),
+        ("qwen3", {"qk_norm": False}),
+    ],
+)
+def test_logits_notice_a_wrong_spec(
+    cases: Mapping[str, Any], name: str, change: dict[str, Any]
+) -> None:
+    case = cases[name]
+    wrong = Reference(replace(case.source.spec, **change), case.source.tensor).logits(case.ids)
+    assert np.abs(wrong - case.logits).max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_logits_equal_those_of_transformers_live(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed: stored logits are compared only")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    fixtures = _fixture_script()
+    for name, (model, stored) in fixtures.cases().items():
+        fixtures.randomize(model, stored, seed=100)
+        ids = np.random.default_rng(100).integers(0, model.config.vocab_size, 60)
+        expected = fixtures.logits(model, ids)
+        model.to(stored).save_pretrained(tmp_path / name, max_shard_size=fixtures.SHARD)
+        source = describe(open_checkpoint(tmp_path / name))
+        found = Reference(source.spec, source.tensor).logits(ids)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_a_prefix_does_not_see_what_follows(case: Any) -> None:
+    reference = Reference(case.source.spec, in_memory(case.source))
+    whole, prefix = reference.logits(case.ids), reference.logits(case.ids[:20])
+    np.testing.assert_allclose(whole[:20], prefix, rtol=0, atol=1e-4)
+
+
+def test_blocks_of_queries_change_nothing(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = Reference(case.source.spec, in_memory(case.source))
+    whole = reference.logits(case.ids)
+    monkeypatch.setattr("flashlite.model.reference._QUERY_ROWS", 7)
+    np.testing.assert_allclose(reference.logits(case.ids), whole, rtol=0, atol=1e-4)
+
+
+def test_rows_limit_the_head(cases: Mapping[str, Any]) -> None:
+    case = cases["llama"]
+    reference = Reference(case.source.spec, case.source.tensor)
+    last = reference.logits(case.ids, slice(-3, None))
+    assert last.shape == (3, case.source.spec.vocab_size)
+    np.testing.assert_allclose(last, case.logits[-3:], rtol=0, atol=1e-4)
+    assert reference.hidden(case.ids).shape == (len(case.ids), case.source.spec.d_model)
+
+
+def test_large_values_stay_finite(cases: Mapping[str, Any]) -> None:
+    for name in ("llama", "gemma3"):
+        case = cases[name]
+        huge = {n: w * np.float32(300) for n, w in in_memory(case.source).items()}
+        assert np.isfinite(Reference(case.source.spec, huge).logits(case.ids)).all()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [np.zeros(0, dtype=int), np.array([[1]]), np.array([1.0]), np.array([-1]), np.array([80])],
+)
+def test_bad_ids_are_refused(cases: Mapping[str, Any], ids: Any) -> None:
+    source = cases["llama"].source
+    with pytest.raises(UsageError, match="id"):
+        Reference(source.spec, source.tensor).logits(ids)
+
+
+def test_more_ids_than_positions_are_refused(cases: Mapping[str, Any]) -> None:
+    source = cases["llama"].source
+    with pytest.raises(ContextOverflow, match=r"65 tokens.* 64"):
+        Reference(source.spec, source.tensor).logits(np.zeros(65, dtype=int))
+
+
+def test_smollm2_knows_a_capital(smollm2_gguf: Path) -> None:
+    source = describe(open_checkpoint(smollm2_gguf))
+    ids = np.array([504, 3575, 282, 4649, 314])  # "The capital of France is"
+    logits = Reference(source.spec, source.tensor).logits(ids, slice(-1, None))
+    assert int(logits.argmax()) == 7042  # " Paris"
+
+
+def _fixture_script() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "fixtures" / "make_family_fixtures.py"
+    spec = importlib.util.spec_from_file_location("make_family_fixtures", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
