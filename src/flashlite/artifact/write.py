@@ -1,0 +1,235 @@
+"""Write an artifact so that its folder is either the old one or the new one, never half of one.
+
+quantize ──> write_artifact ──> hidden sibling folder ──> fsync ──> swapped with the target
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from flashlite.artifact.format import (
+    CARD,
+    CONFIG,
+    FORMAT_VERSION,
+    MANIFEST,
+    TEMPLATE,
+    TOKENIZER,
+    WEIGHTS,
+    Artifact,
+    FileDigest,
+    Layout,
+    Manifest,
+    check_name,
+    check_provenance,
+    check_tokens,
+    layout,
+)
+from flashlite.artifact.read import open_artifact
+from flashlite.artifact.staging import staged
+from flashlite.checkpoint.tokenizer import TokenizerFiles
+from flashlite.compress.plan import Plan, plan_preset, stored_shapes
+from flashlite.compress.tensors import compress_tensor
+from flashlite.errors import ArtifactError
+from flashlite.model.source import SourceModel
+from flashlite.model.spec import ModelSpec
+
+__all__ = ["quantize", "write_artifact"]
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes of weights written, bytes in all)."""
+
+
+def quantize(
+    source: SourceModel,
+    tokenizer: TokenizerFiles,
+    directory: Path,
+    preset: str = "import",
+    *,
+    name: str,
+    provenance: Mapping[str, str],
+    progress: Progress | None = None,
+) -> Artifact:
+    """Quantize a described checkpoint into an artifact.
+
+    Args:
+        source: the checkpoint.
+        tokenizer: its tokenizer and chat template.
+        directory: the artifact's folder; an artifact that is there is replaced.
+        preset: `import`, `hybrid`, `q8` or `q4`.
+        name: the model's name, 1 to 64 of a-z, 0-9, dot, dash, underscore.
+        provenance: `source`, `sha256` and `licence` of the weights.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        CompressError: an unknown preset, or weights that do not fit its formats.
+        CheckpointError: the source cannot be read.
+        ArtifactError: the folder cannot be written; nothing is left behind.
+    """
+    plan = plan_preset(preset, source)
+
+    def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
+        for stored in stored_shapes(source.spec, plan):
+            yield from compress_tensor(source, stored, plan.formats[stored]).items()
+
+    return write_artifact(
+        directory,
+        source.spec,
+        plan,
+        tokenizer,
+        arrays(),
+        name=name,
+        provenance=provenance,
+        progress=progress,
+    )
+
+
+def write_artifact(
+    directory: Path,
+    spec: ModelSpec,
+    plan: Plan,
+    tokenizer: TokenizerFiles,
+    arrays: Iterable[tuple[str, NDArray[Any]]],
+    *,
+    name: str,
+    provenance: Mapping[str, str],
+    progress: Progress | None = None,
+) -> Artifact:
+    """Write an artifact from its arrays, which are taken one at a time.
+
+    Args:
+        directory: its folder; an artifact that is there is replaced, anything else is refused.
+        spec: the model.
+        plan: the format of every tensor.
+        tokenizer: its tokenizer and chat template.
+        arrays: (stored name, array) in the order of `layout(spec, plan)`, padding left out.
+        name: as `quantize`.
+        provenance: as `quantize`.
+        progress: as `quantize`.
+
+    Raises:
+        ArtifactError: the disk is full or refuses, the folder holds something else, or the arrays
+            are not those of the plan. Nothing is left behind.
+    """
+    directory = Path(directory)
+    plan.check(spec)
+    check_tokens(tokenizer.tokens, spec)
+    arranged = layout(spec, plan)
+    nothing = Manifest({}, {}, "")
+    artifact = Artifact(
+        directory,
+        check_name(name),
+        spec,
+        plan,
+        tokenizer.tokens,
+        check_provenance(provenance),
+        arranged.tensors,
+        arranged.size,
+        nothing,
+    )
+    texts = {
+        CONFIG: _json(artifact.config()),
+        TOKENIZER: tokenizer.tokenizer_json.encode(),
+        CARD: _json(_card(artifact)),
+    }
+    if tokenizer.chat_template is not None:
+        texts[TEMPLATE] = tokenizer.chat_template.encode()
+    # The manifest holds about 100 bytes per tensor, as the header of the weights does.
+    needed = arranged.size + 2 * len(arranged.header()) + sum(map(len, texts.values())) + (1 << 16)
+    with staged(directory, needed) as folder:
+        files: dict[str, FileDigest] = {}
+        for file, data in texts.items():
+            (folder / file).write_bytes(data)
+            files[file] = FileDigest(len(data), blake3(data).hexdigest())
+        files[WEIGHTS], digests = _write_weights(folder / WEIGHTS, arranged, arrays, progress)
+        (folder / MANIFEST).write_bytes(_manifest(files, digests))
+    return open_artifact(directory)
+
+
+def _write_weights(
+    path: Path,
+    arranged: Layout,
+    arrays: Iterable[tuple[str, NDArray[Any]]],
+    progress: Progress | None,
+) -> tuple[FileDigest, dict[str, str]]:
+    """Write header, arrays and padding in order; the digests are those of what was meant."""
+    digests: dict[str, str] = {}
+    whole = blake3(max_threads=blake3.AUTO)
+    incoming = iter(arrays)
+    header = arranged.header()
+    with path.open("wb", buffering=0) as file:
+
+        def write(data: memoryview | bytes) -> None:
+            view = memoryview(data)
+            whole.update(view)
+            while len(view):
+                view = view[file.write(view) :]
+
+        write(header)
+        for entry in arranged.entries:
+            if entry.name.startswith("_pad."):
+                write(bytes(entry.nbytes))
+                continue
+            name, array = next(incoming, ("", np.empty(0)))
+            if name != entry.name or array.shape != entry.shape or array.nbytes != entry.nbytes:
+                raise ArtifactError(
+                    f"array {name!r} of shape {array.shape} came where the plan has {entry.name} "
+                    f"of shape {entry.shape}"
+                )
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            digests[name] = blake3(data, max_threads=blake3.AUTO).hexdigest()
+            write(data)
+            if progress is not None:
+                progress(entry.offset + entry.nbytes, arranged.size)
+    if progress is not None:
+        progress(arranged.size, arranged.size)
+    return FileDigest(len(header) + arranged.size, whole.hexdigest()), digests
+
+
+def _manifest(files: Mapping[str, FileDigest], tensors: Mapping[str, str]) -> bytes:
+    return _json(
+        {
+            "format_version": FORMAT_VERSION,
+            "files": {n: {"size": f.size, "blake3": f.blake3} for n, f in sorted(files.items())},
+            "tensors": dict(tensors),
+        }
+    )
+
+
+def _card(artifact: Artifact) -> dict[str, Any]:
+    """What is known before anything is measured: sizes, and bits per weight."""
+    formats: dict[str, dict[str, int]] = {}
+    parameters = 0
+    for name, shape in stored_shapes(artifact.spec, artifact.plan).items():
+        size = int(np.prod(shape))
+        stored = sum(
+            entry.nbytes
+            for key, entry in artifact.tensors.items()
+            if key in (name, f"{name}.codes", f"{name}.scales", f"{name}.mins")
+        )
+        fmt = artifact.plan.formats[name]
+        row = formats.setdefault(fmt, {"tensors": 0, "weights": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["weights"] += size
+        row["bytes"] += stored
+        if not (name == "head" and artifact.spec.tied_head):
+            parameters += size
+    total = sum(row["bytes"] for row in formats.values())
+    return {
+        "preset": artifact.plan.preset,
+        "parameters": parameters,
+        "weights_bytes": artifact.weights_size,
+        "bits_per_weight": round(8 * total / parameters, 3),
+        "formats": formats,
+        "measured": {},
+    }
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
