@@ -209,7 +209,7 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
         for (int32_t c = 0; c < dim; c++) out[c] *= factor;
         for (int32_t t = low; t <= high; t++) add_value(out, &page, dim, t, scores[t]);
     }
-    for (int32_t c = 0; c < dim; c++) out[c] /= sum;
+    for (int32_t c = 0; c < dim; c++) out[c] *= 1.0f / sum;
 }
 
 static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,

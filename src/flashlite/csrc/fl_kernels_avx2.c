@@ -1,0 +1,669 @@
+/* flashlite: the kernels for x86-64 with AVX2, FMA and F16C.
+ *
+ * One inline function, rows16, is every matrix product: 16 rows (two vectors of 8 rows x 4 columns)
+ * by 1..3 tokens, specialised by the compiler for format, operand form and token count. The same
+ * function scores the keys of a page. The products of bytes:
+ *
+ *   q4, q4m  u8 nibble x s8 (vpmaddubsw): two products are at most 15 * 127 * 2 = 3810, so the
+ *            eight steps of a group add up in 16 bits (30480) before one vpmaddwd
+ *   q8       |w| x (x with the sign of w): two products are at most 128 * 127 * 2 = 32512, one
+ *            step fits 16 bits; -128 is exact, for its magnitude 128 is an unsigned byte
+ */
+#include <immintrin.h>
+
+#include "fl_kernels.h"
+#include "fl_math.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+#define TOKENS 3 /* that share the weights of one pass: 6 sums, 6 results, 4 for operands */
+
+/* ---- vectors ---- */
+
+INLINE __m256i load_bytes(const void *p) { return _mm256_loadu_si256(p); }
+
+INLINE __m256 load_halves(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p));
+}
+
+INLINE float max_lane(__m256 v) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+/* Halves are added to halves, the order of fl_plain_rmsnorm. */
+INLINE float sum_lanes(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* fl_exp, eight at a time. */
+INLINE __m256 exp8(__m256 x) {
+    const __m256 low = _mm256_set1_ps(FL_EXP_MIN), magic = _mm256_set1_ps(FL_ROUND_MAGIC);
+    __m256 c = _mm256_min_ps(_mm256_max_ps(x, low), _mm256_set1_ps(FL_EXP_MAX));
+    __m256 n = _mm256_sub_ps(_mm256_fmadd_ps(c, _mm256_set1_ps(FL_EXP_LOG2E), magic), magic);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(FL_EXP_LN2_HI), c);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(FL_EXP_LN2_LO), r);
+    __m256 p = _mm256_fmadd_ps(r, _mm256_set1_ps(FL_EXP_P4), _mm256_set1_ps(FL_EXP_P3));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(FL_EXP_P2));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(FL_EXP_P1));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(FL_EXP_P0));
+    p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
+    __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, low, _CMP_LT_OQ), p);
+}
+
+/* ---- quantizing ---- */
+
+/* A group of n <= 32 values, zeros after them. */
+typedef struct {
+    __m256 x[4];
+} group32;
+
+INLINE group32 load_group(const float *x, int32_t n) {
+    float whole[FL_GROUP];
+    if (n < FL_GROUP) {
+        memset(whole, 0, sizeof whole);
+        memcpy(whole, x, (size_t)n * sizeof *x);
+        x = whole;
+    }
+    group32 v;
+    UNROLL for (int i = 0; i < 4; i++) v.x[i] = _mm256_loadu_ps(x + 8 * i);
+    return v;
+}
+
+INLINE float magnitude(const group32 *v) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 m = _mm256_setzero_ps(); /* second operand: it stays where the first is NaN */
+    UNROLL for (int i = 0; i < 4; i++) m = _mm256_max_ps(_mm256_andnot_ps(sign, v->x[i]), m);
+    return max_lane(m);
+}
+
+/* 32 codes in order; also their sum. */
+INLINE __m256i encode(const group32 *v, float inverse, int32_t *sum) {
+    __m256i c[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        __m256 y = _mm256_mul_ps(v->x[i], _mm256_set1_ps(inverse));
+        y = _mm256_max_ps(y, _mm256_set1_ps(-127.0f)); /* NaN gives -127 */
+        c[i] = _mm256_cvtps_epi32(_mm256_min_ps(y, _mm256_set1_ps(127.0f)));
+    }
+    __m256i words = _mm256_packs_epi32(c[0], c[1]), more = _mm256_packs_epi32(c[2], c[3]);
+    __m256i pairs = _mm256_madd_epi16(_mm256_add_epi16(words, more), _mm256_set1_epi16(1));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    *sum = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words, more),
+                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, const float *x,
+                     int32_t cols) {
+    size_t width = (size_t)act->width, lane = (size_t)t % width;
+    size_t first = (size_t)t / width * (size_t)act->groups;
+    for (int32_t g = group0; g < group1; g++, x += FL_GROUP) {
+        int32_t n = cols - g * FL_GROUP;
+        group32 v = load_group(x, n < FL_GROUP ? n : FL_GROUP);
+        float amax = magnitude(&v);
+        size_t at = (first + (size_t)g) * width + lane;
+        int32_t *to = act->codes + (first + (size_t)g) * 8 * width + lane;
+        int32_t dwords[8] = {0}, sum = 0;
+        if (amax >= FL_QUANT_TINY) {
+            _mm256_storeu_si256((void *)dwords, encode(&v, 127.0f / amax, &sum));
+            act->scale[at] = amax / 127.0f;
+        } else {
+            act->scale[at] = 0.0f;
+        }
+        act->sum[at] = sum;
+        UNROLL for (size_t k4 = 0; k4 < 8; k4++) to[k4 * width] = dwords[k4];
+    }
+}
+
+/* ---- matrices ---- */
+
+/* How 16 rows lie in memory. */
+typedef enum {
+    BYTES,  /* s8, any value */
+    NIBBLES, /* packed q4 and q4m */
+    SMALL,   /* q4 and q4m unpacked to bytes 0..15 */
+} form;
+
+/* 16 rows: group g, step k4 of BYTES and SMALL starts at codes + (8 g + k4) * pitch, and its
+ * scales and mins at g * pitch / 4 values; halves, or floats when SMALL. */
+typedef struct {
+    const uint8_t *codes;
+    const void *scales, *mins;
+    size_t pitch;
+    size_t groups;
+    size_t last_steps; /* of the last group, 8 unless it is short */
+} rows;
+
+/* Tokens: step k4 of group g at codes + (8 g + k4) * width, scales and sums at g * width. */
+typedef struct {
+    const int32_t *codes;
+    const float *scale;
+    const int32_t *sum;
+    size_t width;
+} tokens;
+
+INLINE __m256 load_scales(form f, const void *base, size_t at) {
+    return f == SMALL ? _mm256_loadu_ps((const float *)base + at)
+                      : load_halves((const uint16_t *)base + at);
+}
+
+/* dot[t][half] += four columns of 8 rows x token t, for `n` tokens */
+INLINE void step_bytes(__m256i dot[TOKENS][2], const uint8_t *codes, const int32_t *x, int n) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i w0 = load_bytes(codes), w1 = load_bytes(codes + 32);
+    __m256i a0 = _mm256_abs_epi8(w0), a1 = _mm256_abs_epi8(w1);
+    UNROLL for (int t = 0; t < n; t++) {
+        __m256i v = _mm256_set1_epi32(x[t]);
+        __m256i p0 = _mm256_maddubs_epi16(a0, _mm256_sign_epi8(v, w0));
+        __m256i p1 = _mm256_maddubs_epi16(a1, _mm256_sign_epi8(v, w1));
+        dot[t][0] = _mm256_add_epi32(dot[t][0], _mm256_madd_epi16(p0, ones));
+        dot[t][1] = _mm256_add_epi32(dot[t][1], _mm256_madd_epi16(p1, ones));
+    }
+}
+
+/* The same in 16 bits, for codes 0..15. */
+INLINE void step_small(__m256i sum[TOKENS][2], __m256i w0, __m256i w1, const int32_t *x, int n) {
+    UNROLL for (int t = 0; t < n; t++) {
+        __m256i v = _mm256_set1_epi32(x[t]);
+        sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(w0, v));
+        sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(w1, v));
+    }
+}
+
+/* The integer dot products of one group. */
+INLINE void dot_group(__m256i dot[TOKENS][2], form f, const uint8_t *codes, size_t pitch,
+                      size_t steps, const int32_t *x, size_t width, int n) {
+    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    UNROLL for (int t = 0; t < n; t++) dot[t][0] = dot[t][1] = _mm256_setzero_si256();
+    if (f == BYTES) {
+        if (steps == 8) {
+            UNROLL for (size_t k4 = 0; k4 < 8; k4++) {
+                step_bytes(dot, codes + k4 * pitch, x + k4 * width, n);
+            }
+        } else {
+            for (size_t k4 = 0; k4 < steps; k4++) {
+                step_bytes(dot, codes + k4 * pitch, x + k4 * width, n);
+            }
+        }
+        return;
+    }
+    if (f == SMALL) {
+        UNROLL for (size_t k4 = 0; k4 < 8; k4++) {
+            const uint8_t *at = codes + k4 * pitch;
+            step_small(dot, load_bytes(at), load_bytes(at + 32), x + k4 * width, n);
+        }
+    } else {
+        UNROLL for (size_t i = 0; i < 4; i++) {
+            __m256i w0 = load_bytes(codes + 64 * i), w1 = load_bytes(codes + 64 * i + 32);
+            step_small(dot, _mm256_and_si256(w0, mask), _mm256_and_si256(w1, mask),
+                       x + 2 * i * width, n);
+            w0 = _mm256_and_si256(_mm256_srli_epi16(w0, 4), mask);
+            w1 = _mm256_and_si256(_mm256_srli_epi16(w1, 4), mask);
+            step_small(dot, w0, w1, x + (2 * i + 1) * width, n);
+        }
+    }
+    UNROLL for (int t = 0; t < n; t++) {
+        dot[t][0] = _mm256_madd_epi16(dot[t][0], ones);
+        dot[t][1] = _mm256_madd_epi16(dot[t][1], ones);
+    }
+}
+
+/* y[t * stride + row] of 16 rows and n <= TOKENS tokens. All of format, f and n are constants. */
+INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_format format,
+                   form f, int n) {
+    __m256 acc[TOKENS][2];
+    UNROLL for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
+    const uint8_t *codes = w->codes;
+    for (size_t g = 0; g < w->groups; g++) {
+        __m256i dot[TOKENS][2];
+        size_t at = g * w->pitch / 4, steps = g + 1 < w->groups ? 8 : w->last_steps;
+        dot_group(dot, f, codes, w->pitch, steps, x->codes + 8 * g * x->width, x->width, n);
+        codes += (f == NIBBLES ? 4 : 8) * w->pitch;
+        __m256 s0 = load_scales(f, w->scales, at), s1 = load_scales(f, w->scales, at + 8);
+        UNROLL for (int t = 0; t < n; t++) {
+            __m256 sx = _mm256_set1_ps(x->scale[g * x->width + (size_t)t]);
+            if (format == FL_Q4) { /* sum (code - 8) x = sum code x - 8 sum x */
+                __m256i sum = _mm256_set1_epi32(x->sum[g * x->width + (size_t)t]);
+                sum = _mm256_slli_epi32(sum, 3);
+                dot[t][0] = _mm256_sub_epi32(dot[t][0], sum);
+                dot[t][1] = _mm256_sub_epi32(dot[t][1], sum);
+            }
+            acc[t][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][0]), _mm256_mul_ps(s0, sx),
+                                        acc[t][0]);
+            acc[t][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][1]), _mm256_mul_ps(s1, sx),
+                                        acc[t][1]);
+        }
+        if (format == FL_Q4M) {
+            __m256 m0 = load_scales(f, w->mins, at), m1 = load_scales(f, w->mins, at + 8);
+            UNROLL for (int t = 0; t < n; t++) {
+                size_t i = g * x->width + (size_t)t;
+                __m256 sum = _mm256_mul_ps(_mm256_set1_ps(x->scale[i]),
+                                           _mm256_cvtepi32_ps(_mm256_set1_epi32(x->sum[i])));
+                acc[t][0] = _mm256_fmadd_ps(m0, sum, acc[t][0]);
+                acc[t][1] = _mm256_fmadd_ps(m1, sum, acc[t][1]);
+            }
+        }
+    }
+    UNROLL for (int t = 0; t < n; t++) {
+        _mm256_storeu_ps(y + (size_t)t * stride, acc[t][0]);
+        _mm256_storeu_ps(y + (size_t)t * stride + 8, acc[t][1]);
+    }
+}
+
+/* n = 1..3 tokens, n not constant. */
+INLINE void rows16_few(float *y, size_t stride, const rows *w, const tokens *x, fl_format format,
+                       form f, int32_t n) {
+    if (n >= 3) {
+        rows16(y, stride, w, x, format, f, 3);
+    } else if (n == 2) {
+        rows16(y, stride, w, x, format, f, 2);
+    } else {
+        rows16(y, stride, w, x, format, f, 1);
+    }
+}
+
+/* Not inlined: one body per format and form. */
+#define ROWS16_BODY(name, format, f)                                                            \
+    static __attribute__((noinline)) void name(float *y, size_t stride, const rows *w,         \
+                                               const tokens *x, int32_t n) {                   \
+        rows16_few(y, stride, w, x, format, f, n);                                             \
+    }
+ROWS16_BODY(rows16_q8, FL_Q8, BYTES)
+ROWS16_BODY(rows16_q4, FL_Q4, NIBBLES)
+ROWS16_BODY(rows16_q4m, FL_Q4M, NIBBLES)
+ROWS16_BODY(rows16_q4_panel, FL_Q4, SMALL)
+ROWS16_BODY(rows16_q4m_panel, FL_Q4M, SMALL)
+
+typedef void rows16_function(float *, size_t, const rows *, const tokens *, int32_t);
+
+static rows view_block(const fl_linear *w, size_t block) {
+    size_t at = block * (size_t)w->groups;
+    return (rows){.codes = w->codes + at * (w->format == FL_Q8 ? 512 : 256),
+                  .scales = w->scales + at * FL_BLOCK_ROWS,
+                  .mins = w->format == FL_Q4M ? w->mins + at * FL_BLOCK_ROWS : NULL,
+                  .pitch = 64,
+                  .groups = (size_t)w->groups,
+                  .last_steps = 8};
+}
+
+/* Nibbles to bytes, halves to floats: worth it when several tiles of tokens follow. */
+static rows unpack(const rows *w, void *panel) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    uint8_t *codes = panel;
+    float *scales = (float *)(void *)(codes + w->groups * 512);
+    float *mins = scales + w->groups * FL_BLOCK_ROWS;
+    for (size_t i = 0; i < w->groups * 8; i++) { /* 64 codes: steps k4 and k4 + 1 of 8 rows */
+        __m256i v = load_bytes(w->codes + 32 * i);
+        uint8_t *to = codes + i / 2 * 128 + i % 2 * 32;
+        _mm256_storeu_si256((void *)to, _mm256_and_si256(v, mask));
+        _mm256_storeu_si256((void *)(to + 64),
+                            _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
+    }
+    for (size_t i = 0; i < w->groups * FL_BLOCK_ROWS; i += 8) {
+        _mm256_storeu_ps(scales + i, load_halves((const uint16_t *)w->scales + i));
+        if (w->mins) _mm256_storeu_ps(mins + i, load_halves((const uint16_t *)w->mins + i));
+    }
+    rows unpacked = *w;
+    unpacked.codes = codes;
+    unpacked.scales = scales;
+    unpacked.mins = w->mins ? mins : NULL;
+    return unpacked;
+}
+
+static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, const fl_act *act) {
+    const tokens x = {act->codes, act->scale, act->sum, 1};
+    for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
+        const rows block = view_block(w, b);
+        if (w->format == FL_Q8) {
+            rows16(y, 0, &block, &x, FL_Q8, BYTES, 1);
+        } else if (w->format == FL_Q4) {
+            rows16(y, 0, &block, &x, FL_Q4, NIBBLES, 1);
+        } else {
+            rows16(y, 0, &block, &x, FL_Q4M, NIBBLES, 1);
+        }
+    }
+}
+
+/* All tokens by one block of rows. */
+static void multiply_block(float *y, size_t stride, const rows *w, const fl_act *act,
+                           rows16_function *multiply) {
+    size_t groups = (size_t)act->groups;
+    for (int32_t t = 0; t < act->n; t += FL_TILE, y += FL_TILE * stride) {
+        size_t at = (size_t)t * groups;
+        for (int32_t part = 0; part < FL_TILE; part += TOKENS) {
+            float *to = y + (size_t)part * stride;
+            size_t lane = at + (size_t)part;
+            const tokens x = {act->codes + at * 8 + part, act->scale + lane, act->sum + lane,
+                              FL_TILE};
+            int32_t left = act->n - t - part, n = left < 0 ? 0 : left < TOKENS ? left : TOKENS;
+            if (n > 0) multiply(to, stride, w, &x, n);
+            for (; n < TOKENS; n++) memset(to + (size_t)n * stride, 0, FL_BLOCK_ROWS * sizeof *y);
+        }
+    }
+}
+
+static void gemm(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
+                 const fl_act *act, void *panel) {
+    static rows16_function *const packed[] = {rows16_q8, rows16_q4, rows16_q4m};
+    static rows16_function *const unpacked[] = {rows16_q8, rows16_q4_panel, rows16_q4m_panel};
+    int few = w->format == FL_Q8 || act->n <= 2 * FL_TILE;
+    for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
+        rows block = view_block(w, b);
+        if (!few) block = unpack(&block, panel);
+        multiply_block(y, stride, &block, act, (few ? packed : unpacked)[w->format]);
+    }
+}
+
+/* ---- keys and values ---- */
+
+typedef struct {
+    uint8_t *k, *v;
+    uint16_t *k_scales, *v_scales;
+} page_view;
+
+static page_view view_page(const fl_kv *kv, int32_t page) {
+    uint8_t *base = kv->base + (size_t)kv->pages[page] * kv->page_bytes;
+    size_t dim = (size_t)kv->head_dim, scales = (dim + FL_GROUP - 1) / FL_GROUP * 64;
+    return (page_view){.k = base,
+                       .k_scales = (uint16_t *)(void *)(base + dim * 32),
+                       .v = base + dim * 32 + scales,
+                       .v_scales = (uint16_t *)(void *)(base + dim * 64 + scales)};
+}
+
+/* Codes against the scale as it is stored, rounded to half. */
+INLINE uint16_t quantize_half(uint8_t codes[FL_GROUP], const float *x, int32_t n) {
+    group32 v = load_group(x, n);
+    float scale = magnitude(&v) / 127.0f;
+    uint16_t half = fl_float_to_half(scale < 65504.0f ? scale : 65504.0f);
+    int32_t sum;
+    __m256i encoded = half ? encode(&v, 1.0f / fl_half_to_float(half), &sum)
+                           : _mm256_setzero_si256();
+    _mm256_storeu_si256((void *)codes, encoded);
+    return half;
+}
+
+static void store_kv(const fl_kv *kv, int32_t position, const float *k, const float *v) {
+    page_view page = view_page(kv, position / 32);
+    size_t t = (size_t)position % 32;
+    for (int32_t c = 0, g = 0; c < kv->head_dim; c += FL_GROUP, g++) {
+        int32_t n = kv->head_dim - c < FL_GROUP ? kv->head_dim - c : FL_GROUP;
+        uint8_t codes[FL_GROUP];
+        page.k_scales[(size_t)g * 32 + t] = quantize_half(codes, k + c, n);
+        for (int32_t i = 0; i < n; i += 4) {
+            memcpy(page.k + ((size_t)(c + i) / 4 * 32 + t) * 4, codes + i, 4);
+        }
+        page.v_scales[(size_t)g * 32 + t] = quantize_half(codes, v + c, n);
+        memcpy(page.v + t * (size_t)kv->head_dim + (size_t)c, codes, (size_t)n);
+    }
+}
+
+/* ---- attention ---- */
+
+/* Working memory of one call; every array starts on 64 bytes. */
+typedef struct {
+    int32_t n;           /* queries */
+    int32_t head_dim, groups;
+    size_t dim;          /* head_dim rounded up to 32 */
+    fl_act q;            /* the queries, quantized */
+    float *m, *sum;      /* [n] running maximum and sum of the softmax */
+    float *factor;       /* [n] by which this page shrinks what came before */
+    float *p;            /* [n][32] scores, then probabilities, of one page */
+    float *scaled;       /* [n][32] probabilities times the value scales of one group */
+    float *values;       /* [32][32] the values of one group of channels, as floats */
+    float *acc;          /* [n][dim] sums so far */
+} attention;
+
+static attention lay_out(void *scratch, int32_t n, int32_t head_dim) {
+    attention a = {.n = n, .head_dim = head_dim, .groups = (head_dim + 31) / 32};
+    size_t queries = n == 1 ? 1 : (size_t)(n + FL_TILE - 1) / FL_TILE * FL_TILE;
+    size_t groups = (size_t)a.groups;
+    char *next = scratch;
+    a.dim = groups * 32;
+#define TAKE(pointer, count)                                                                    \
+    ((pointer) = (void *)next, next += (((size_t)(count) * 4 + FL_ALIGN - 1) & ~(size_t)63))
+    a.q.n = n;
+    a.q.width = n == 1 ? 1 : FL_TILE;
+    a.q.groups = a.groups;
+    TAKE(a.q.codes, queries * groups * 8);
+    TAKE(a.q.scale, queries * groups);
+    TAKE(a.q.sum, queries * groups);
+    TAKE(a.m, n);
+    TAKE(a.sum, n);
+    TAKE(a.factor, n);
+    TAKE(a.p, n * 32);
+    TAKE(a.scaled, n * 32);
+    TAKE(a.values, 32 * 32);
+    TAKE(a.acc, (size_t)n * a.dim);
+#undef TAKE
+    return a;
+}
+
+/* p[i][t] = q_i . k_t: a page's keys are a matrix of 32 rows. */
+static void score_page(const attention *a, const page_view *page) {
+    rows k = {.pitch = 128, .groups = (size_t)a->groups};
+    k.last_steps = (size_t)(a->head_dim - (a->groups - 1) * FL_GROUP) / 4;
+    size_t width = (size_t)a->q.width;
+    for (int32_t i = 0; i < a->n; i += TOKENS) {
+        size_t tile = (size_t)i / width, lane = (size_t)i % width;
+        size_t at = tile * k.groups * width + lane;
+        const tokens q = {a->q.codes + tile * k.groups * 8 * width + lane, a->q.scale + at,
+                          a->q.sum + at, width};
+        for (size_t half = 0; half < 2; half++) {
+            k.codes = page->k + half * 64;
+            k.scales = page->k_scales + half * 16;
+            rows16_q8(a->p + i * 32 + half * 16, 32, &k, &q, a->n - i);
+        }
+    }
+}
+
+/* Tokens [low, high] of 32; none when low > high. */
+typedef struct {
+    int32_t low, high;
+} span;
+
+INLINE span clip(int32_t first, int32_t last, int32_t page) {
+    span s = {first - page * 32, last - page * 32};
+    s.low = s.low > 0 ? s.low : 0;
+    s.high = s.high < 31 ? s.high : 31;
+    return s;
+}
+
+/* fl_softmax_page of query i */
+static void softmax_page(const attention *a, int32_t i, span seen) {
+    const __m256 lowest = _mm256_set1_ps(-FLT_MAX);
+    const __m256i low = _mm256_set1_epi32(seen.low - 1), high = _mm256_set1_epi32(seen.high + 1);
+    float *p = a->p + i * 32;
+    __m256 s[4], keep[4], top = _mm256_set1_ps(a->m[i]), total = _mm256_setzero_ps();
+    UNROLL for (int j = 0; j < 4; j++) {
+        __m256i t = _mm256_add_epi32(_mm256_set1_epi32(8 * j),
+                                     _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        keep[j] = _mm256_castsi256_ps(
+            _mm256_and_si256(_mm256_cmpgt_epi32(t, low), _mm256_cmpgt_epi32(high, t)));
+        s[j] = _mm256_loadu_ps(p + 8 * j);
+        top = _mm256_max_ps(_mm256_blendv_ps(lowest, s[j], keep[j]), top);
+    }
+    float m = max_lane(top);
+    UNROLL for (int j = 0; j < 4; j++) {
+        s[j] = _mm256_and_ps(exp8(_mm256_sub_ps(s[j], _mm256_set1_ps(m))), keep[j]);
+        total = _mm256_add_ps(total, s[j]);
+        _mm256_storeu_ps(p + 8 * j, s[j]);
+    }
+    a->factor[i] = fl_exp(a->m[i] - m);
+    a->m[i] = m;
+    a->sum[i] = fl_fma(a->sum[i], a->factor[i], sum_lanes(total));
+}
+
+INLINE __m256 widen(const uint8_t *v) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)v)));
+}
+
+/* acc[i] = acc[i] * factor + sum over tokens of scaled p x v: n queries, 32 channels. `v` holds
+ * bytes, `pitch` apart, or floats, 32 apart. A short last group reads past its channels, into the
+ * next token or the scales that follow the values; those sums are never used. */
+INLINE void add_values(float *acc, size_t dim, const float *factor, const float *scaled,
+                       const void *v, size_t pitch, span seen, int bytes, int n) {
+    __m256 sum[TOKENS][4];
+    UNROLL for (int i = 0; i < n; i++) {
+        __m256 f = _mm256_set1_ps(factor[i]);
+        UNROLL for (int j = 0; j < 4; j++) {
+            sum[i][j] = _mm256_mul_ps(_mm256_loadu_ps(acc + (size_t)i * dim + 8 * j), f);
+        }
+    }
+    for (int32_t t = seen.low; t <= seen.high; t++) {
+        __m256 x[4];
+        UNROLL for (int j = 0; j < 4; j++) {
+            x[j] = bytes ? widen((const uint8_t *)v + (size_t)t * pitch + 8 * j)
+                         : _mm256_loadu_ps((const float *)v + t * 32 + 8 * j);
+        }
+        UNROLL for (int i = 0; i < n; i++) {
+            __m256 p = _mm256_set1_ps(scaled[i * 32 + t]);
+            UNROLL for (int j = 0; j < 4; j++) sum[i][j] = _mm256_fmadd_ps(p, x[j], sum[i][j]);
+        }
+    }
+    UNROLL for (int i = 0; i < n; i++) {
+        UNROLL for (int j = 0; j < 4; j++) {
+            _mm256_storeu_ps(acc + (size_t)i * dim + 8 * j, sum[i][j]);
+        }
+    }
+}
+
+/* acc = acc * factor + p V over the tokens that any query sees, a group of channels at a time. */
+static void combine_page(const attention *a, const page_view *page, span seen) {
+    int buffered = a->n > TOKENS; /* then floats are worth a store */
+    size_t pitch = (size_t)a->head_dim;
+    for (int32_t g = 0; g < a->groups; g++) {
+        const uint8_t *v = page->v + g * FL_GROUP;
+        for (int32_t j = 0; j < 32; j += 8) {
+            __m256 scale = load_halves(page->v_scales + g * 32 + j);
+            for (int32_t i = 0; i < a->n; i++) {
+                __m256 p = _mm256_loadu_ps(a->p + i * 32 + j);
+                _mm256_storeu_ps(a->scaled + i * 32 + j, _mm256_mul_ps(p, scale));
+            }
+        }
+        for (int32_t t = seen.low; buffered && t <= seen.high; t++) {
+            UNROLL for (int j = 0; j < 4; j++) {
+                __m256 x = widen(v + (size_t)t * pitch + 8 * j);
+                _mm256_storeu_ps(a->values + t * 32 + 8 * j, x);
+            }
+        }
+        for (int32_t i = 0; i < a->n; i += TOKENS) {
+            float *acc = a->acc + (size_t)i * a->dim + g * FL_GROUP;
+            const float *factor = a->factor + i, *scaled = a->scaled + i * 32;
+            int32_t n = a->n - i;
+            if (buffered && n >= 3) {
+                add_values(acc, a->dim, factor, scaled, a->values, 0, seen, 0, 3);
+            } else if (n >= 3) {
+                add_values(acc, a->dim, factor, scaled, v, pitch, seen, 1, 3);
+            } else if (n == 2) {
+                add_values(acc, a->dim, factor, scaled, v, pitch, seen, 1, 2);
+            } else {
+                add_values(acc, a->dim, factor, scaled, v, pitch, seen, 1, 1);
+            }
+        }
+    }
+}
+
+static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
+                   const int32_t *last, void *scratch) {
+    attention a = lay_out(scratch, n_q, kv->head_dim);
+    int32_t page0 = INT32_MAX, page1 = -1;
+    memset(a.acc, 0, (size_t)n_q * a.dim * sizeof *a.acc);
+    for (int32_t i = 0; i < n_q; i++) {
+        quantize(&a.q, i, 0, a.groups, q + (size_t)i * (size_t)kv->head_dim, kv->head_dim);
+        a.m[i] = -FLT_MAX;
+        a.sum[i] = 0.0f;
+        if (first[i] > last[i]) continue;
+        page0 = first[i] / 32 < page0 ? first[i] / 32 : page0;
+        page1 = last[i] / 32 > page1 ? last[i] / 32 : page1;
+    }
+    for (int32_t p = page0; p <= page1; p++) {
+        span seen = {32, -1}; /* by any query */
+        for (int32_t i = 0; i < n_q; i++) {
+            span s = clip(first[i], last[i], p);
+            if (s.low > s.high) continue;
+            seen.low = s.low < seen.low ? s.low : seen.low;
+            seen.high = s.high > seen.high ? s.high : seen.high;
+        }
+        if (seen.low > seen.high) continue;
+        page_view page = view_page(kv, p);
+        score_page(&a, &page);
+        for (int32_t i = 0; i < n_q; i++) softmax_page(&a, i, clip(first[i], last[i], p));
+        combine_page(&a, &page, seen);
+    }
+    for (int32_t i = 0; i < n_q; i++) {
+        const float *acc = a.acc + (size_t)i * a.dim;
+        float *to = out + (size_t)i * (size_t)kv->head_dim;
+        float scale = a.sum[i] > 0.0f ? 1.0f / a.sum[i] : 0.0f; /* no positions: zeros */
+        for (int32_t c = 0; c < kv->head_dim; c++) to[c] = acc[c] * scale;
+    }
+}
+
+/* ---- rows of floats ---- */
+
+static void rmsnorm(float *y, const float *x, const float *weight, int32_t n, float eps) {
+    __m256 low = _mm256_setzero_ps(), high = low;
+    int32_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m256 x0 = _mm256_loadu_ps(x + i), x1 = _mm256_loadu_ps(x + i + 8);
+        low = _mm256_fmadd_ps(x0, x0, low);
+        high = _mm256_fmadd_ps(x1, x1, high);
+    }
+    if (i < n) {
+        float rest[16] = {0};
+        memcpy(rest, x + i, (size_t)(n - i) * sizeof *x);
+        __m256 x0 = _mm256_loadu_ps(rest), x1 = _mm256_loadu_ps(rest + 8);
+        low = _mm256_fmadd_ps(x0, x0, low);
+        high = _mm256_fmadd_ps(x1, x1, high);
+    }
+    float scale = fl_rsqrt(sum_lanes(_mm256_add_ps(low, high)) / (float)n + eps);
+    __m256 s = _mm256_set1_ps(scale);
+    for (i = 0; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), s);
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(v, _mm256_loadu_ps(weight + i)));
+    }
+    for (; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
+/* x / (1 + e^exponent) */
+INLINE __m256 gated8(__m256 x, __m256 exponent, __m256 up) {
+    __m256 below = _mm256_add_ps(_mm256_set1_ps(1.0f), exp8(exponent));
+    return _mm256_mul_ps(_mm256_div_ps(x, below), up);
+}
+
+INLINE __m256 silu_mul8(__m256 x, __m256 up) {
+    return gated8(x, _mm256_xor_ps(x, _mm256_set1_ps(-0.0f)), up);
+}
+
+INLINE __m256 gelu_mul8(__m256 x, __m256 up) {
+    __m256 cube = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_set1_ps(FL_GELU_B), x), x,
+                                  _mm256_set1_ps(1.0f));
+    return gated8(x, _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(FL_GELU_A), x), cube), up);
+}
+
+#define GATED(name, function8)                                                                      static void name(float *y, const float *gate, const float *up, int32_t n) {                        int32_t i = 0;                                                                                 for (; i + 8 <= n; i += 8) {                                                                       __m256 v = function8(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i));                      _mm256_storeu_ps(y + i, v);                                                                }                                                                                              if (i < n) {                                                                                       size_t bytes = (size_t)(n - i) * sizeof *y;                                                    float x[8] = {0}, u[8] = {0};                                                                  memcpy(x, gate + i, bytes);                                                                    memcpy(u, up + i, bytes);                                                                      _mm256_storeu_ps(x, function8(_mm256_loadu_ps(x), _mm256_loadu_ps(u)));                        memcpy(y + i, x, bytes);                                                                   }                                                                                          }
+GATED(silu_mul, silu_mul8)
+GATED(gelu_mul, gelu_mul8)
+
+const fl_kernels fl_kernels_avx2 = {
+    .isa = "avx2",
+    .fp32 = 0,
+    .quantize = quantize,
+    .gemv = gemv,
+    .gemm = gemm,
+    .store_kv = store_kv,
+    .attend = attend,
+    .rmsnorm = rmsnorm,
+    .silu_mul = silu_mul,
+    .gelu_mul = gelu_mul,
+};
