@@ -145,7 +145,7 @@ class ModelSpec:
                 values["rope_factors"] = tuple(float(f) for f in values["rope_factors"])
             values["sliding_layers"] = tuple(bool(s) for s in values.get("sliding_layers", ()))
             spec = cls(**values)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ArtifactError(f"config.json: model description: {error}") from None
         spec.check()
         return spec
@@ -190,6 +190,11 @@ class ModelSpec:
             )
         if self.head_dim % 4:
             raise ArtifactError(f"model head_dim is {self.head_dim}, not a multiple of 4")
+        if not isinstance(self.family, str):
+            raise ArtifactError(f"model family is {self.family!r}, not a name")
+        for name in ("tied_head", "qkv_bias", "qk_norm", "post_norms"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArtifactError(f"model {name} is {getattr(self, name)!r}, not true or false")
         if self.activation not in ("silu", "gelu_tanh"):
             raise ArtifactError(f"model activation {self.activation!r} is not known")
         if self.sliding_layers and len(self.sliding_layers) != self.n_layers:
@@ -202,3 +207,15 @@ class ModelSpec:
             raise ArtifactError(
                 f"model has {len(self.rope_factors)} rope factors, needs {self.head_dim // 2}"
             )
+        if not all(1e-6 <= factor <= 1e6 for factor in self.rope_factors or ()):
+            raise ArtifactError("model has a rope factor outside 1e-6 to 1e6")
+        if self.rope_llama3 is not None:
+            for name, value in asdict(self.rope_llama3).items():
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise ArtifactError(f"model rope_llama3 {name} is {value!r}, not a number")
+                if not 1e-6 <= value <= 1e9:
+                    raise ArtifactError(f"model rope_llama3 {name} is {value}, allowed 1e-6 to 1e9")
+            if self.rope_llama3.low_freq_factor >= self.rope_llama3.high_freq_factor:
+                raise ArtifactError(
+                    "model rope_llama3 low_freq_factor is not below high_freq_factor"
+                )
