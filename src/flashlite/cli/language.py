@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from importlib import resources
+from pathlib import Path
 
 import click
 
@@ -66,8 +66,8 @@ click.Context.formatter_class = HelpFormatter
 
 @functools.cache
 def _catalogue() -> dict[str, str]:
-    text = resources.files("flashlite.cli").joinpath("es.json").read_text(encoding="utf-8")
-    catalogue: dict[str, str] = json.loads(text)
+    path = Path(__file__).with_name("es.json")
+    catalogue: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     return catalogue
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import click
 
-__all__ = ["count", "json_option", "note", "print_json", "size", "stage_progress", "table"]
+__all__ = ["count", "emit", "json_option", "note", "progress", "size", "table"]
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout."
 )
 
 
-def print_json(data: Mapping[str, Any]) -> None:
+def emit(data: Mapping[str, Any]) -> None:
     """Print one JSON object on one line of stdout; NaN and infinities are refused."""
     click.echo(json.dumps(data, ensure_ascii=False, allow_nan=False, default=str))
 
@@ -74,42 +74,27 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str] = ()) -> str:
 
 
 @contextmanager
-def stage_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on stderr for work of more than two seconds; on a terminal only, one stage at a time.
-
-    Args:
-        quiet: draw nothing.
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, for work of more than two seconds, on a terminal only.
 
     Example:
-        with stage_progress() as report:
-            report("pull", done, total)
+        with progress("pull smollm2-135m-instruct") as report:
+            report(done, total)
     """
-    bars = _Bars()
-    try:
-        yield _nothing if quiet or not sys.stderr.isatty() else bars.report
-    finally:
-        bars.close()
+    if not sys.stderr.isatty():
+        yield _nothing
+        return
+    from tqdm import tqdm
+
+    layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
+    with tqdm(desc=label, total=1, bar_format=layout, delay=2, leave=False) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
 
 
-class _Bars:
-    def __init__(self) -> None:
-        self._stage = ""
-        self._bar: Any = None
-
-    def report(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            from tqdm import tqdm
-
-            self.close()
-            self._stage = stage
-            layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
-            self._bar = tqdm(desc=stage, total=total, bar_format=layout, delay=2, leave=False)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _nothing(stage: str, done: int, total: int) -> None:
+def _nothing(done: int, total: int) -> None:
     """Progress nobody watches."""

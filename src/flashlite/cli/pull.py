@@ -22,16 +22,11 @@ __all__ = ["command"]
 @output.json_option
 def command(model: str, accept_license: bool, offline: bool, as_json: bool) -> None:
     """Fetch `model` and say where it lies."""
-    with output.stage_progress(as_json) as report:
-        pulled = pull(
-            model,
-            accept_license=accept_license,
-            offline=offline,
-            progress=lambda done, total: report(f"pull {model}", done, total),
-        )
+    with output.progress(f"pull {model}") as report:
+        pulled = pull(model, accept_license=accept_license, offline=offline, progress=report)
     n_bytes = sum(p.stat().st_size for p in [pulled.path, *pulled.path.rglob("*")] if p.is_file())
     if as_json:
-        output.print_json(
+        output.emit(
             {
                 "name": pulled.name,
                 "path": str(pulled.path),
