@@ -7,6 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,7 @@ def tiny_model(
     return _shape_metadata() | _bpe_vocabulary(), tensors
 
 
+@cache
 def _bpe_vocabulary() -> dict[str, object]:
     """512 tokens: three control tokens, the 256 bytes, and merges learned from `_TEXT`."""
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

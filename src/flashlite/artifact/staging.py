@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flashlite.artifact.format import MANIFEST
+from flashlite.artifact.format import LIMITS
 from flashlite.errors import ArtifactError
 
 if sys.platform != "win32":
@@ -64,13 +64,16 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
 
 
 def _refuse_strangers(target: Path) -> None:
-    """Replace an artifact or an empty folder, never anything else."""
+    """Replace an artifact, a damaged one too, or an empty folder; never anything else."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ArtifactError(f"{target}: is not a folder; choose another name")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise ArtifactError(
-            f"{target}: holds files and is not an artifact; choose another folder or empty it"
-        )
+    if target.is_dir():
+        for entry in target.iterdir():
+            if entry.name not in LIMITS:
+                raise ArtifactError(
+                    f"{target}: holds {entry.name[:80]!r}, which is no part of an artifact; choose "
+                    "another folder or remove it"
+                )
 
 
 def _no_space(target: Path, needed: int, available: int) -> ArtifactError:

@@ -92,7 +92,7 @@ def plan_preset(preset: str, source: SourceModel) -> Plan:
     for name, shape in source.spec.shapes():
         dtype = source.checkpoint.info(source.sources[name].name).dtype
         formats[name] = "f32" if len(shape) == 1 else _choose(preset, name, dtype)
-    if source.spec.tied_head and formats["embed"] not in PACKED:
+    if source.spec.tied_head and formats["embed"] == "f16":
         formats["head"] = "q8"
     plan = Plan(preset, formats)
     plan.check(source.spec)
@@ -102,7 +102,7 @@ def plan_preset(preset: str, source: SourceModel) -> Plan:
 def stored_shapes(spec: ModelSpec, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Every tensor the artifact holds, with its true shape, in the order it is stored."""
     shapes = dict(spec.shapes())
-    if spec.tied_head and plan.formats.get("embed") not in PACKED:
+    if spec.tied_head and plan.formats.get("embed") == "f16":
         shapes["head"] = shapes["embed"]
     return shapes
 
