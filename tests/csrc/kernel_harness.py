@@ -30,10 +30,14 @@ __all__ = [
     "Kernels",
     "Linear",
     "Pages",
+    "Scalar",
     "Table",
     "aligned",
     "build",
+    "compile_c",
+    "fuzz",
     "missing",
+    "missing_sanitizers",
     "product",
     "quantize",
     "random_linear",
@@ -303,7 +307,9 @@ class Activations:
 
 
 class Pages:
-    """KV pages of one sequence, one layer and one head, in a shuffled arena."""
+    """KV pages of one sequence, one layer and one head, in a shuffled arena of random bytes."""
+
+    OFFSET = 64  # of this layer and head inside a page
 
     def __init__(
         self, rng: np.random.Generator, tokens: int, head_dim: int, *, fp32: bool = False
@@ -311,18 +317,44 @@ class Pages:
         count = _up(tokens, PAGE) // PAGE
         groups = _up(head_dim, GROUP) // GROUP
         size = head_dim * 32 * 8 if fp32 else head_dim * 32 * 2 + groups * 32 * 4
-        self.head_dim = head_dim
+        self.tokens, self.head_dim, self.fp32 = tokens, head_dim, fp32
         self.arena = aligned((count + 2, _up(size, 64) + 128), np.uint8)
-        self.arena[...] = rng.integers(0, 256, self.arena.shape) if not fp32 else 0
+        self.arena[...] = rng.integers(0, 256, self.arena.shape)
         self.pages = rng.permutation(count + 2)[:count].astype(np.int32)
 
     def c(self) -> CKv:
         return CKv(
-            self.arena.ctypes.data + 64,
+            self.arena.ctypes.data + self.OFFSET,
             self.arena.shape[1],
             self.pages.ctypes.data,
             self.head_dim,
         )
+
+
+    def dequantize(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Keys and values as float64 [tokens, head_dim]."""
+        d, groups = self.head_dim, _up(self.head_dim, GROUP) // GROUP
+        page = self.arena[self.pages, self.OFFSET :]
+        count, size = len(page), 4 if self.fp32 else 1
+        width = d * PAGE * size
+        scales = 0 if self.fp32 else groups * PAGE * 2
+        number = np.float32 if self.fp32 else np.int8
+
+        def cut(start: int, length: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+            return np.ascontiguousarray(page[:, start : start + length]).view(dtype)
+
+        k, v = cut(0, width, number), cut(width + scales, width, number)
+        v = v.reshape(-1, d)[: self.tokens].astype(np.float64)
+        if self.fp32:
+            k = k.reshape(count, d, PAGE).transpose(0, 2, 1).reshape(-1, d)[: self.tokens]
+            return k.astype(np.float64), v
+        k = k.reshape(count, d // 4, PAGE, 4).transpose(0, 2, 1, 3).reshape(-1, d)[: self.tokens]
+        steps = []
+        for start in (width, 2 * width + scales):
+            halves = cut(start, scales, np.float16).reshape(count, groups, PAGE)
+            by_token = halves.transpose(0, 2, 1).reshape(-1, groups)[: self.tokens]
+            steps.append(np.repeat(by_token.astype(np.float64), GROUP, 1)[:, :d])
+        return k * steps[0], v * steps[1]
 
 
 class Kernels:
@@ -377,7 +409,7 @@ class Kernels:
         q = np.ascontiguousarray(q, np.float32)
         low, high = (np.ascontiguousarray(a, np.int32) for a in (first, last))
         out = np.full_like(q, np.nan)
-        scratch = aligned(32 * (pages.head_dim * 8 + 128 + 256) + 4096, np.uint8)
+        scratch = aligned(32 * ((pages.head_dim + 32) * 8 + 128 + 256) + 4096, np.uint8)
         self._table.attend(
             out.ctypes.data,
             pages.c(),
@@ -407,19 +439,93 @@ class Kernels:
         return y
 
 
-def build(name: str, directory: Path, *, extra: Sequence[str] = ()) -> Kernels:
+def compile_c(
+    sources: Sequence[Path | str], target: Path, flags: Sequence[str] = (), text: str | None = None
+) -> None:
+    """Compile C files (and `text` as one more, by the name "-") or raise with what cc said."""
+    defines = ("-DFL_HAVE_AVX2", "-DFL_HAVE_AVX512", "-DFL_HAVE_FP32")
+    command = [os.environ.get("CC", "cc"), *CFLAGS, *defines, *flags, f"-I{CSRC}"]
+    command += [*(str(s) for s in sources), *(["-xc", "-"] if text else []), "-o", str(target)]
+    done = subprocess.run([*command, "-lm"], capture_output=True, text=True, input=text)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def _sources(table: Table) -> list[Path]:
+    return [CSRC / name for name in sorted({table.source, "fl_kernels_plain.c"})]
+
+
+def build(name: str, directory: Path) -> Kernels:
     """Compile one table into `directory` and load it."""
     table = TABLES[name]
     library = directory / f"{name}.so"
-    sources = {table.source, "fl_kernels_plain.c"}
-    command = [os.environ.get("CC", "cc"), *CFLAGS, *table.flags, *extra, "-fPIC", "-shared"]
-    for define in ("FL_HAVE_AVX2", "FL_HAVE_AVX512", "FL_HAVE_FP32"):
-        command.append(f"-D{define}")
-    command += [f"-I{CSRC}", *(str(CSRC / s) for s in sorted(sources)), "-o", str(library), "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    compile_c(_sources(table), library, [*table.flags, "-fPIC", "-shared"])
     return Kernels(name, library, table)
+
+
+SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def missing_sanitizers(directory: Path) -> str:
+    """Why programs cannot be built and run under the sanitizers here; empty when they can."""
+    program = directory / "sanitized"
+    try:
+        compile_c([], program, SANITIZE, text="int main(void) { return 0; }\n")
+    except RuntimeError:
+        return "the C compiler has no address sanitizer"
+    return "" if subprocess.run([program]).returncode == 0 else "sanitized programs do not run"
+
+
+def fuzz(name: str, directory: Path, *, rounds: int) -> None:
+    """Run `fuzz_kernels.c` for one table under the sanitizers; raises with their report."""
+    table = TABLES[name]
+    program = directory / f"fuzz-{name}"
+    flags = [*table.flags, *SANITIZE, f"-DFUZZ_TABLE={table.symbol}"]
+    compile_c([*_sources(table), Path(__file__).with_name("fuzz_kernels.c")], program, flags)
+    done = subprocess.run([program, str(rounds)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+
+
+_SCALAR = """
+#include <stddef.h>
+#include "fl_math.h"
+void half_to_float(float *y, const uint16_t *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = fl_half_to_float(x[i]);
+}
+void float_to_half(uint16_t *y, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = fl_float_to_half(x[i]);
+}
+void exponential(float *y, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = fl_exp(x[i]);
+}
+"""
+
+
+class Scalar:
+    """The functions of `fl_math.h` over arrays."""
+
+    def __init__(self, directory: Path) -> None:
+        library = directory / "scalar.so"
+        compile_c([], library, ["-fPIC", "-shared"], text=_SCALAR)
+        self._library = ctypes.CDLL(str(library))
+
+    def _map(self, name: str, x: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        x = np.ascontiguousarray(x)
+        y = np.empty(x.shape, dtype)
+        function = self._library[name]
+        function.argtypes, function.restype = (_P, _P, ctypes.c_size_t), None
+        function(y.ctypes.data, x.ctypes.data, x.size)
+        return y
+
+    def half_to_float(self, x: npt.NDArray[np.uint16]) -> npt.NDArray[Any]:
+        return self._map("half_to_float", x, np.float32)
+
+    def float_to_half(self, x: F32) -> npt.NDArray[Any]:
+        return self._map("float_to_half", x, np.uint16)
+
+    def exp(self, x: F32) -> npt.NDArray[Any]:
+        return self._map("exponential", x, np.float32)
 
 
 # ---- NumPy references ----

@@ -124,7 +124,7 @@ typedef struct {
 #define FL_PANEL_BYTES(groups) ((size_t)(groups) * (2 * 512 + 2 * 2 * 64) + 64)
 /* Scratch of attend: quantized queries, scores of one page, running sums. */
 #define FL_ATTEND_BYTES(head_dim) \
-    ((size_t)FL_MAX_QUERIES * ((size_t)(head_dim) * 8 + 32 * 4 + 64 * 4) + 4096)
+    ((size_t)FL_MAX_QUERIES * (((size_t)(head_dim) + 32) * 8 + 32 * 4 + 64 * 4) + 4096)
 
 extern const fl_kernels fl_kernels_plain;
 #if defined(FL_HAVE_AVX2)

@@ -1,0 +1,229 @@
+/* The 512-bit intrinsics that fl_kernels_avx512.c uses, for machines that have AVX2 only.
+ *
+ * With this folder before the system's (-I), the kernels compile unchanged and run anywhere AVX2,
+ * FMA and F16C do. A vector is two halves of 256 bits; what AVX2 has is done by AVX2 on each half,
+ * the rest lane by lane as the instruction set reference defines it. Masked loads and stores touch
+ * the lanes they name and no other, so that AddressSanitizer sees what the processor would do.
+ * Reference: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2.
+ */
+#ifndef FL_AVX512_EMULATION_H
+#define FL_AVX512_EMULATION_H
+
+#include_next <immintrin.h>
+#include <limits.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef struct {
+    __m256 half[2];
+} fl_emu_f;
+typedef struct {
+    __m256i half[2];
+} fl_emu_i;
+#define __m512 fl_emu_f
+#define __m512i fl_emu_i
+#define __mmask16 uint16_t
+
+/* ---- on each half ---- */
+
+#define EMULATE_UNARY(name, to, from, half_name) \
+    static inline to emulate_##name(from a) { \
+        return (to){{half_name(a.half[0]), half_name(a.half[1])}}; \
+    }
+#define EMULATE_BINARY(name, type, half_name) \
+    static inline type emulate_##name(type a, type b) { \
+        return (type){{half_name(a.half[0], b.half[0]), half_name(a.half[1], b.half[1])}}; \
+    }
+#define EMULATE_SHIFT(name, half_name) \
+    static inline __m512i emulate_##name(__m512i a, unsigned count) { \
+        __m128i n = _mm_cvtsi32_si128((int)count); \
+        return (__m512i){{half_name(a.half[0], n), half_name(a.half[1], n)}}; \
+    }
+#define EMULATE_SET1(name, to, from, half_name) \
+    static inline to emulate_##name(from a) { return (to){{half_name(a), half_name(a)}}; }
+
+EMULATE_BINARY(add_ps, __m512, _mm256_add_ps)
+EMULATE_BINARY(sub_ps, __m512, _mm256_sub_ps)
+EMULATE_BINARY(mul_ps, __m512, _mm256_mul_ps)
+EMULATE_BINARY(div_ps, __m512, _mm256_div_ps)
+EMULATE_BINARY(min_ps, __m512, _mm256_min_ps)
+EMULATE_BINARY(max_ps, __m512, _mm256_max_ps)
+EMULATE_BINARY(add_epi32, __m512i, _mm256_add_epi32)
+EMULATE_BINARY(sub_epi32, __m512i, _mm256_sub_epi32)
+EMULATE_BINARY(and_si512, __m512i, _mm256_and_si256)
+EMULATE_BINARY(xor_si512, __m512i, _mm256_xor_si256)
+EMULATE_SHIFT(slli_epi32, _mm256_sll_epi32)
+EMULATE_SHIFT(srli_epi16, _mm256_srl_epi16)
+EMULATE_SET1(set1_ps, __m512, float, _mm256_set1_ps)
+EMULATE_SET1(set1_epi32, __m512i, int, _mm256_set1_epi32)
+EMULATE_SET1(set1_epi8, __m512i, char, _mm256_set1_epi8)
+EMULATE_UNARY(cvtepi32_ps, __m512, __m512i, _mm256_cvtepi32_ps)
+EMULATE_UNARY(cvtps_epi32, __m512i, __m512, _mm256_cvtps_epi32)
+EMULATE_UNARY(castsi512_ps, __m512, __m512i, _mm256_castsi256_ps)
+
+static inline __m512 emulate_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+    return (__m512){{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]),
+                     _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
+}
+
+static inline __m512 emulate_cvtph_ps(__m256i a) {
+    return (__m512){{_mm256_cvtph_ps(_mm256_castsi256_si128(a)),
+                     _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}};
+}
+
+static inline __m512i emulate_cvtepi8_epi32(__m128i a) {
+    return (__m512i){{_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))}};
+}
+
+static inline __m512 emulate_setzero_ps(void) { return emulate_set1_ps(0.0f); }
+static inline __m512i emulate_setzero_si512(void) { return emulate_set1_epi32(0); }
+static inline float emulate_cvtss_f32(__m512 a) { return _mm256_cvtss_f32(a.half[0]); }
+
+/* ---- lane by lane ---- */
+
+static inline __m512 emulate_loadu_ps(const void *from) {
+    __m512 a;
+    memcpy(&a, from, sizeof a);
+    return a;
+}
+
+static inline __m512i emulate_loadu_si512(const void *from) {
+    __m512i a;
+    memcpy(&a, from, sizeof a);
+    return a;
+}
+
+static inline void emulate_storeu_ps(void *to, __m512 a) { memcpy(to, &a, sizeof a); }
+
+static inline __m512 emulate_mask_mov_ps(__m512 other, __mmask16 mask, __m512 a) {
+    float lanes[16], others[16];
+    memcpy(lanes, &a, sizeof a);
+    memcpy(others, &other, sizeof other);
+    for (int i = 0; i < 16; i++) lanes[i] = mask >> i & 1 ? lanes[i] : others[i];
+    return emulate_loadu_ps(lanes);
+}
+
+static inline __m512 emulate_maskz_mov_ps(__mmask16 mask, __m512 a) {
+    return emulate_mask_mov_ps(emulate_setzero_ps(), mask, a);
+}
+
+static inline __m512 emulate_mask_max_ps(__m512 other, __mmask16 mask, __m512 a, __m512 b) {
+    return emulate_mask_mov_ps(other, mask, emulate_max_ps(a, b));
+}
+
+static inline __m512 emulate_maskz_loadu_ps(__mmask16 mask, const float *from) {
+    float lanes[16] = {0};
+    for (int i = 0; i < 16; i++) {
+        if (mask >> i & 1) lanes[i] = from[i];
+    }
+    return emulate_loadu_ps(lanes);
+}
+
+static inline void emulate_mask_storeu_ps(float *to, __mmask16 mask, __m512 a) {
+    float lanes[16];
+    memcpy(lanes, &a, sizeof a);
+    for (int i = 0; i < 16; i++) {
+        if (mask >> i & 1) to[i] = lanes[i];
+    }
+}
+
+static inline __m512 emulate_abs_ps(__m512 a) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    return (__m512){{_mm256_andnot_ps(sign, a.half[0]), _mm256_andnot_ps(sign, a.half[1])}};
+}
+
+/* Inside each 128 bits: lane i takes the lane that bits 2i, 2i + 1 of `order` name. */
+static inline __m512 emulate_permute_ps(__m512 a, int order) {
+    float from[16], to[16];
+    memcpy(from, &a, sizeof a);
+    for (int i = 0; i < 16; i++) to[i] = from[i / 4 * 4 + (order >> i % 4 * 2 & 3)];
+    return emulate_loadu_ps(to);
+}
+
+/* Whole 128-bit lanes: two of a, then two of b. */
+static inline __m512 emulate_shuffle_f32x4(__m512 a, __m512 b, int order) {
+    float from[2][16], to[16];
+    memcpy(from[0], &a, sizeof a);
+    memcpy(from[1], &b, sizeof b);
+    for (int i = 0; i < 4; i++) {
+        memcpy(to + 4 * i, from[i / 2] + 4 * (order >> 2 * i & 3), 4 * sizeof *to);
+    }
+    return emulate_loadu_ps(to);
+}
+
+/* Only the predicate that the kernels use: not less than, true for NaN. */
+static inline __mmask16 emulate_nlt_ps_mask(__m512 a, __m512 b) {
+    int low = _mm256_movemask_ps(_mm256_cmp_ps(a.half[0], b.half[0], _CMP_NLT_UQ));
+    int high = _mm256_movemask_ps(_mm256_cmp_ps(a.half[1], b.half[1], _CMP_NLT_UQ));
+    return (__mmask16)(low | high << 8);
+}
+
+/* Fours of unsigned bytes of a times signed bytes of b, added to the dwords of `sum`. */
+static inline __m512i emulate_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+    int32_t sums[16];
+    uint8_t left[64];
+    int8_t right[64];
+    memcpy(sums, &sum, sizeof sum);
+    memcpy(left, &a, sizeof a);
+    memcpy(right, &b, sizeof b);
+    for (int i = 0; i < 16; i++) {
+        for (int j = 4 * i; j < 4 * i + 4; j++) sums[i] += left[j] * right[j];
+    }
+    return emulate_loadu_si512(sums);
+}
+
+/* Dwords to bytes, saturated. */
+static inline __m128i emulate_cvtsepi32_epi8(__m512i a) {
+    int32_t from[16];
+    int8_t to[16];
+    memcpy(from, &a, sizeof a);
+    for (int i = 0; i < 16; i++) {
+        int32_t x = from[i] < SCHAR_MIN ? SCHAR_MIN : from[i];
+        to[i] = (int8_t)(x > SCHAR_MAX ? SCHAR_MAX : x);
+    }
+    return _mm_loadu_si128((const __m128i *)(const void *)to);
+}
+
+#define _mm512_abs_ps emulate_abs_ps
+#define _mm512_add_epi32 emulate_add_epi32
+#define _mm512_add_ps emulate_add_ps
+#define _mm512_and_si512 emulate_and_si512
+#define _mm512_castsi512_ps emulate_castsi512_ps
+#undef _mm512_cmp_ps_mask
+#define _mm512_cmp_ps_mask(a, b, predicate) emulate_cmp##predicate(a, b)
+#define emulate_cmp_CMP_NLT_UQ emulate_nlt_ps_mask
+#define _mm512_cvtepi32_ps emulate_cvtepi32_ps
+#define _mm512_cvtepi8_epi32 emulate_cvtepi8_epi32
+#define _mm512_cvtph_ps emulate_cvtph_ps
+#define _mm512_cvtps_epi32 emulate_cvtps_epi32
+#define _mm512_cvtsepi32_epi8 emulate_cvtsepi32_epi8
+#define _mm512_cvtss_f32 emulate_cvtss_f32
+#define _mm512_div_ps emulate_div_ps
+#define _mm512_dpbusd_epi32 emulate_dpbusd_epi32
+#define _mm512_fmadd_ps emulate_fmadd_ps
+#define _mm512_loadu_ps emulate_loadu_ps
+#define _mm512_loadu_si512 emulate_loadu_si512
+#define _mm512_mask_max_ps emulate_mask_max_ps
+#define _mm512_mask_storeu_ps emulate_mask_storeu_ps
+#define _mm512_maskz_loadu_ps emulate_maskz_loadu_ps
+#define _mm512_maskz_mov_ps emulate_maskz_mov_ps
+#define _mm512_max_ps emulate_max_ps
+#define _mm512_min_ps emulate_min_ps
+#define _mm512_mul_ps emulate_mul_ps
+#undef _mm512_permute_ps
+#define _mm512_permute_ps emulate_permute_ps
+#define _mm512_set1_epi32 emulate_set1_epi32
+#define _mm512_set1_epi8 emulate_set1_epi8
+#define _mm512_set1_ps emulate_set1_ps
+#define _mm512_setzero_ps emulate_setzero_ps
+#define _mm512_setzero_si512 emulate_setzero_si512
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4 emulate_shuffle_f32x4
+#define _mm512_slli_epi32 emulate_slli_epi32
+#define _mm512_srli_epi16 emulate_srli_epi16
+#define _mm512_storeu_ps emulate_storeu_ps
+#define _mm512_sub_epi32 emulate_sub_epi32
+#define _mm512_sub_ps emulate_sub_ps
+#define _mm512_xor_si512 emulate_xor_si512
+
+#endif
