@@ -15,7 +15,7 @@ Floats = NDArray[np.float32]
 def weights(rows: int, cols: int, seed: int = 0) -> Floats:
     """Heavy-tailed, as trained weights are."""
     values = np.random.default_rng(seed).standard_t(5, (rows, cols)) * 0.03
-    return values.astype(np.float32)
+    return np.asarray(values, np.float32)
 
 
 def restored(matrix: Quantized, cols: int) -> Floats:
@@ -30,11 +30,11 @@ def plain_rounding(w: Floats, fmt: str) -> Floats:
         scale = ((groups.max(axis=1, keepdims=True) - low) / 15).astype(np.float16)
         floor = low.astype(np.float16).astype(np.float32)
         codes = np.clip(np.rint((groups - floor) / scale.astype(np.float32)), 0, 15)
-        return (codes * scale + floor).astype(np.float32).reshape(w.shape)
+        return np.asarray(codes * scale + floor, np.float32).reshape(w.shape)
     low, high = (-127, 127) if fmt == "q8" else (-8, 7)
     scale = (np.abs(groups).max(axis=1, keepdims=True) / high).astype(np.float16)
     codes = np.clip(np.rint(groups / scale.astype(np.float32)), low, high)
-    return (codes * scale).astype(np.float32).reshape(w.shape)
+    return np.asarray(codes * scale, np.float32).reshape(w.shape)
 
 
 def relative_error(found: Floats, w: Floats) -> float:
@@ -63,7 +63,7 @@ def test_no_group_is_worse_than_plainly_rounded(fmt: str) -> None:
         plain = plain_rounding(w, fmt)
 
     def per_group(found: Floats) -> Floats:
-        return np.square(found.astype(np.float64) - w).reshape(-1, 32).sum(axis=1)
+        return np.asarray(np.square(found.astype(np.float64) - w).reshape(-1, 32).sum(axis=1))
 
     searched = per_group(restored(quantize_matrix(w, fmt), 320))
     assert (searched <= per_group(plain) * (1 + 1e-4)).all()
