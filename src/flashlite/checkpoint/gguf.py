@@ -113,8 +113,8 @@ def read_gguf(path: Path) -> Checkpoint:
             is beyond its limit; a type number is unknown; a boolean is not 0 or 1; a string is not
             UTF-8; an array holds arrays; a key or tensor name is malformed or appears twice; a row
             is no whole number of blocks; a tensor is misplaced (not aligned, overlapping another,
-            leaving a hole, or beyond the end); `general.architecture` is missing or no word; or the
-            model is split over several files.
+            leaving a hole, or beyond the end); bytes follow the last one; `general.architecture`
+            is missing or no word; or the model is split over several files.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -130,7 +130,7 @@ class _Cursor:
         self.path = path
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
-        self.buffer = bytearray()  # the file from byte 0; grows as it is read
+        self.buffer = b""  # the file from byte 0; doubles when it has been read through
         self.pos = 0
 
     def fail(
@@ -158,19 +158,24 @@ class _Cursor:
         return start
 
     def _fill(self, end: int, what: str) -> None:
-        goal = min(self.size, _MAX_HEADER, max(end, len(self.buffer) + _READ_AHEAD))
-        while len(self.buffer) < goal:
-            data = self.file.read(goal - len(self.buffer))
-            if not data:
+        have = len(self.buffer)
+        goal = min(self.size, _MAX_HEADER, max(end, 2 * have, _READ_AHEAD))
+        parts = [self.buffer]
+        while have < goal:
+            parts.append(self.file.read(goal - have))
+            if not parts[-1]:
                 raise self.fail(f"{what} could not be read: the file has become shorter")
-            self.buffer += data
+            have += len(parts[-1])
+        self.buffer = b"".join(parts)
 
     def u32(self, what: str) -> int:
-        value: int = _U32.unpack_from(self.buffer, self.take(4, what))[0]
+        start = self.take(4, what)  # first, as it may replace the buffer
+        value: int = _U32.unpack_from(self.buffer, start)[0]
         return value
 
     def u64(self, what: str) -> int:
-        value: int = _U64.unpack_from(self.buffer, self.take(8, what))[0]
+        start = self.take(8, what)  # first, as it may replace the buffer
+        value: int = _U64.unpack_from(self.buffer, start)[0]
         return value
 
     def string(self, what: str) -> str:
@@ -185,7 +190,7 @@ class _Cursor:
             if filled - pos < 8:
                 self.pos = pos
                 self.take(8, f"the length of {what}")
-                filled = len(buffer)
+                buffer, filled = self.buffer, len(self.buffer)
             length = unpack(buffer, pos)[0]
             if length > _MAX_STRING:
                 raise self.fail(f"{what} is too long", offset=pos, value=length, limit=_MAX_STRING)
@@ -193,7 +198,7 @@ class _Cursor:
             if filled - pos < length:
                 self.pos = pos
                 self.take(length, what)
-                filled = len(buffer)
+                buffer, filled = self.buffer, len(self.buffer)
             try:
                 out.append(buffer[pos : pos + length].decode())
             except UnicodeDecodeError as error:
@@ -252,7 +257,7 @@ class _Cursor:
 
     def numbers(self, count: int, number: np.dtype[Any], key: str) -> NDArray[Any]:
         start = self.take(count * number.itemsize, f"the value of key {key!r}")
-        return np.frombuffer(bytes(self.buffer[start : self.pos]), number)
+        return np.frombuffer(self.buffer[start : self.pos], number)
 
     def booleans(self, count: int, key: str) -> NDArray[np.bool_]:
         start = self.pos
@@ -283,7 +288,7 @@ def _read(path: Path, cursor: _Cursor) -> Checkpoint:
 
 def _counts(cursor: _Cursor) -> tuple[int, int]:
     start = cursor.take(4, "the magic number")
-    magic = bytes(cursor.buffer[start : start + 4])
+    magic = cursor.buffer[start : start + 4]
     if magic != MAGIC:
         raise cursor.fail("is not a GGUF file", offset=start, value=magic, limit=MAGIC)
     start = cursor.pos
@@ -440,4 +445,10 @@ def _place(
             )
         tensors[info.name] = replace(info, offset=data + info.offset)
         expected = -(-(info.offset + info.nbytes) // alignment) * alignment
+    if cursor.size > data + expected:
+        raise cursor.fail(
+            "has bytes after its last tensor",
+            offset=data + expected,
+            value=cursor.size - data - expected,
+        )
     return tensors
