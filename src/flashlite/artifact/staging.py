@@ -52,7 +52,8 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
         try:
             yield folder
             _make_durable(folder)
-            _publish(folder, target)
+            with _locked(target.parent):
+                _publish(folder, target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # the old artifact, once published
             if lock is not None:
@@ -108,6 +109,10 @@ def _make_folder(target: Path) -> tuple[Path, int | None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time makes or publishes folders here; held for a moment only."""
+    if sys.platform == "win32":
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
