@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flashlite.cli import options, output
+from flashlite.cli import options
 from flashlite.errors import FlashliteError
 
 if TYPE_CHECKING:
     from flashlite.runtime.model import Model
     from flashlite.runtime.sampling import SamplingParams
+
+__all__ = ["command"]
 
 
 @click.command()
@@ -35,7 +37,7 @@ def command(model: str, prompt: str | None, system: str | None, **flags: Any) ->
     """
     params = options.sampling_params(flags)
     start = [{"role": "system", "content": system}] if system is not None else []
-    with output.stage_progress(False) as progress:
+    with options.stages() as progress:
         loaded = options.load_model(model, flags, progress)
     with loaded:
         loaded.tokenizer.render_chat([*start, {"role": "user", "content": "?"}])  # has a template

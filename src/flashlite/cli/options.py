@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from flashlite.cli import output
 from flashlite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,12 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "generate",
-    "json_output",
     "load_model",
     "peak_memory",
     "running",
     "sampling",
     "sampling_params",
+    "stages",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,7 +47,10 @@ _RUNNING = ("max_mem", "max_sequence_length", "threads", "preset", "isa", "offli
 def sampling(function: F) -> F:
     """The flags of `SamplingParams`."""
     function = click.option(
-        "--logit-bias", multiple=True, metavar="ID=BIAS", help="Added to a token's logit; repeatable."
+        "--logit-bias",
+        multiple=True,
+        metavar="ID=BIAS",
+        help="Added to a token's logit; repeatable.",
     )(function)
     function = click.option("--stop", multiple=True, help="End before this text; repeatable.")(
         function
@@ -72,9 +77,13 @@ def running(function: F) -> F:
             show_default=True,
             help="How to quantize a model that has no artifact yet.",
         ),
-        click.option("--isa", type=click.Choice(["avx512", "avx2", "plain"]), help="[default: best]"),
+        click.option(
+            "--isa", type=click.Choice(["avx512", "avx2", "plain"]), help="[default: best]"
+        ),
         click.option("--offline", is_flag=True, help="Use only what is on this machine."),
-        click.option("--accept-license", is_flag=True, help="For models whose licence asks for it."),
+        click.option(
+            "--accept-license", is_flag=True, help="For models whose licence asks for it."
+        ),
         click.option(
             "--enable-integrity-check/--no-integrity-check",
             default=True,
@@ -87,9 +96,20 @@ def running(function: F) -> F:
     return function
 
 
-def json_output(function: F) -> F:
-    """`--json`: one object on the last line of stdout."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
+@contextlib.contextmanager
+def stages() -> Iterator[Progress]:
+    """A progress callback for `load`: one bar per stage, on stderr, for long work only."""
+    with contextlib.ExitStack() as bars:
+        current: dict[str, Callable[[int, int], None]] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in current:
+                bars.close()
+                current.clear()
+                current[stage] = bars.enter_context(output.progress(stage))
+            current[stage](done, total)
+
+        yield report
 
 
 def sampling_params(flags: Mapping[str, Any]) -> SamplingParams:
@@ -108,7 +128,9 @@ def sampling_params(flags: Mapping[str, Any]) -> SamplingParams:
     return params
 
 
-def load_model(model: str, flags: Mapping[str, Any], progress: Progress | None) -> Model:
+def load_model(
+    model: str, flags: Mapping[str, Any], progress: Progress | None, *, max_sequences: int = 1
+) -> Model:
     """`flashlite.load` with the flags of `running`.
 
     Raises:
@@ -116,7 +138,8 @@ def load_model(model: str, flags: Mapping[str, Any], progress: Progress | None) 
     """
     from flashlite.runtime.model import load
 
-    return load(model, progress=progress, **{name: flags[name] for name in _RUNNING})
+    settings = {name: flags[name] for name in _RUNNING}
+    return load(model, progress=progress, max_sequences=max_sequences, **settings)
 
 
 def generate(model: Model, ids: Sequence[int], params: SamplingParams, *, echo: bool) -> Answer:

@@ -9,15 +9,19 @@ import click
 
 from flashlite.cli import options, output
 
+__all__ = ["command"]
+
 
 @click.command()
 @click.argument("model", default="smollm2-135m-instruct")
-@click.option("-p", "--prompt", required=True, help="The text to continue; `-` reads it from stdin.")
+@click.option(
+    "-p", "--prompt", required=True, help="The text to continue; `-` reads it from stdin."
+)
 @click.option("--chat", "as_chat", is_flag=True, help="Put the prompt into the chat template.")
 @click.option("--system", help="A system message (with --chat).")
 @options.sampling
 @options.running
-@options.json_output
+@output.json_option
 def command(
     model: str,
     prompt: str,
@@ -39,7 +43,7 @@ def command(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     params = options.sampling_params(flags)
-    with output.stage_progress(as_json) as progress:
+    with options.stages() as progress:
         loaded = options.load_model(model, flags, progress)
     with loaded:
         if as_chat or system is not None:
@@ -49,7 +53,7 @@ def command(
             ids = loaded.tokenizer.encode_prompt(text)
         answer = options.generate(loaded, ids, params, echo=not as_json)
         if as_json:
-            output.print_json(
+            output.emit(
                 {
                     "text": answer.text,
                     "finish_reason": answer.finish_reason,

@@ -118,7 +118,8 @@ def _forward(artifact: Artifact) -> str:
         table = f"{{.halves = {_offset(artifact, 'embed')}}}"
     else:
         table = f"{{.packed = {_packed(artifact, 'embed', *_VOCAB)}, .halves = FL_NONE}}"
-    lines = [f"static const fl_packed HEAD = {_packed(artifact, _head_name(artifact), *_VOCAB)};"]
+    head = _packed(artifact, artifact.stored_name("head"), *_VOCAB)
+    lines = [f"static const fl_packed HEAD = {head};"]
     lines.append(f"static const fl_table TABLE = {table};")
     lines.append("")
     lines.append("static void forward(fl_thread *t) {")
@@ -184,11 +185,6 @@ def _model_constant(artifact: Artifact, isa: str) -> str:
 
 
 _VOCAB = ("VOCAB", "D_MODEL")
-
-
-def _head_name(artifact: Artifact) -> str:
-    """The stored tensor that makes logits: its own, or the table it is tied to."""
-    return "head" if "head" in artifact.plan.formats else "embed"
 
 
 def _norm_names(spec: ModelSpec) -> Iterator[str]:

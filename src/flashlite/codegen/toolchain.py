@@ -113,7 +113,9 @@ def build_library(model_c: str, target: Target) -> Path:
 
 def _sources(model_c: str, target: Target) -> dict[str, str]:
     """Every file the library is made of; their text decides the key."""
-    names = (*_COMMON, f"fl_kernels_{target.isa}.c", *sorted(p.name for p in CSRC.glob("*.h")))
+    # The plain kernels are always there: other tables borrow what they do not speed up.
+    kernels = dict.fromkeys(("fl_kernels_plain.c", f"fl_kernels_{target.isa}.c"))
+    names = (*_COMMON, *kernels, *sorted(path.name for path in CSRC.glob("*.h")))
     return {"model.c": model_c} | {n: (CSRC / n).read_text(encoding="utf-8") for n in names}
 
 
@@ -133,7 +135,7 @@ def _compile(folder: Path, sources: dict[str, str], compiler: Compiler, target: 
     units = [name for name in sources if name.endswith(".c")]
 
     def compile_unit(name: str) -> None:
-        isa = target.kernel_flags if name.startswith("fl_kernels_") else ()
+        isa = target.kernel_flags if name == f"fl_kernels_{target.isa}.c" else ()
         command = (*compiler.command, *cross, *_FLAGS, *fpic, *isa, "-c", name)
         _run((*command, "-o", f"{name}.o"), folder)
 
@@ -187,7 +189,9 @@ def _fresh_folder(root: Path) -> Iterator[Path]:
     try:
         yield fresh
     except OSError as error:
-        raise CompileError(f"{fresh}: {error.strerror}; free space or set FLASHLITE_CACHE") from None
+        raise CompileError(
+            f"{fresh}: {error.strerror}; free space or set FLASHLITE_CACHE"
+        ) from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

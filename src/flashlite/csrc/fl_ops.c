@@ -253,8 +253,8 @@ static void attend_run(fl_thread *t, int32_t layer, int32_t window, int32_t head
         const float *q = e->qkv + (size_t)i * (size_t)e->sizes.qkv_stride;
         for (int32_t h = h0; h < h1; h++, n++) {
             memcpy(t->queries + (size_t)n * (size_t)hd, q + h * hd, bytes);
-            last[n] = position + 1;
-            first[n] = window && last[n] > window ? last[n] - window : 0;
+            last[n] = position;
+            first[n] = window && position >= window ? position - window + 1 : 0;
         }
     }
     fl_kv kv = pages_of(t, layer, head, e->batch.sequences[i0]);

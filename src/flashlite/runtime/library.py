@@ -114,7 +114,9 @@ class Library:
         try:
             self._c = ctypes.CDLL(str(path))
         except OSError as error:
-            raise EngineError(f"{path}: cannot be loaded: {error}; compile the model again") from None
+            raise EngineError(
+                f"{path}: cannot be loaded: {error}; compile the model again"
+            ) from None
         signatures = {
             "fl_describe": (None, [POINTER(CInfo), c_uint32]),
             "fl_open": (c_int32, [POINTER(COptions), POINTER(c_void_p)]),

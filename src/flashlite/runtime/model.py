@@ -1,10 +1,10 @@
 """`load` and `Model`: a language model in one Python object.
 
-    import flashlite as fl
+import flashlite as fl
 
-    with fl.load("smollm2-135m-instruct") as model:
-        for piece in model.chat([{"role": "user", "content": "Hi"}], stream=True):
-            print(piece, end="", flush=True)
+with fl.load("smollm2-135m-instruct") as model:
+    for piece in model.chat([{"role": "user", "content": "Hi"}], stream=True):
+        print(piece, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Model:
         return self._answer(self.tokenizer.render_chat(messages), stream, settings)
 
     @overload
-    def generate(self, prompt: str, *, stream: Literal[False] = False, **settings: Any) -> Answer: ...
+    def generate(
+        self, prompt: str, *, stream: Literal[False] = False, **settings: Any
+    ) -> Answer: ...
     @overload
     def generate(self, prompt: str, *, stream: Literal[True], **settings: Any) -> Iterator[str]: ...
     def generate(
@@ -253,8 +255,7 @@ def open_model(
         FlashliteError: as `load`.
     """
     library = load_library(compile_artifact(artifact, target))
-    texts = load_texts(artifact)
-    tokenizer = Tokenizer.from_files(texts)
+    tokenizer = Tokenizer(load_texts(artifact), name=artifact.name)
     threads = default_threads() if threads is None else threads
     ledger = make_ledger(artifact, library, threads, max_sequences)
     tokens = plan_tokens(

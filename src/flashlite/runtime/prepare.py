@@ -1,10 +1,12 @@
 """From a name to something that runs: pull -> quantize -> compile, each done once and kept.
 
-    name, path or artifact  ->  Pulled  ->  Artifact  ->  library
+name, path or artifact  ->  Pulled  ->  Artifact  ->  library
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import open_artifact
 from flashlite.artifact.write import quantize
 from flashlite.checkpoint.open import open_checkpoint
-from flashlite.checkpoint.pull import Pulled, resolve_model
+from flashlite.checkpoint.pull import Pulled, pull
 from flashlite.checkpoint.tokenizer import build_tokenizer_checked
 from flashlite.codegen.emit import emit_model
 from flashlite.codegen.target import Target, host_target
@@ -23,7 +25,14 @@ from flashlite.codegen.toolchain import build_library
 from flashlite.errors import ArtifactError
 from flashlite.model.families import describe
 
-__all__ = ["DEFAULT_MODEL", "Progress", "compile_artifact", "find_artifact", "make_artifact"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "Progress",
+    "artifact_path",
+    "compile_artifact",
+    "find_artifact",
+    "make_artifact",
+]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -52,7 +61,7 @@ def find_artifact(
     """
     if Path(model, "manifest.json").is_file() or model.rstrip("/").endswith(".fl"):
         return open_artifact(Path(model), enable_integrity_check=check)
-    pulled = resolve_model(
+    pulled = pull(
         model, accept_license=accept_license, offline=offline, progress=_stage(progress, "pull")
     )
     directory = artifact_path(pulled, preset)
@@ -81,11 +90,11 @@ def make_artifact(
         tokenizer,
         directory,
         preset,
-        name=pulled.name,
+        name=_artifact_name(pulled),
         provenance={
             "source": pulled.path.name,
-            "sha256": pulled.sha256,
-            "licence": pulled.licence,
+            "sha256": pulled.sha256 or _sha256(pulled.path),
+            "licence": pulled.licence or "",
         },
         progress=_stage(progress, "quantize"),
     )
@@ -103,9 +112,30 @@ def compile_artifact(artifact: Artifact, target: Target | None = None) -> Path:
 
 
 def artifact_path(pulled: Pulled, preset: str) -> Path:
-    """Where the artifact of this exact source and preset is kept."""
-    mark = blake3(f"{pulled.path.resolve()}|{pulled.sha256}".encode()).hexdigest()[:8]
-    return paths.data_dir() / "artifacts" / f"{pulled.name}-{preset}-{mark}.fl"
+    """Where the artifact of this exact source and preset is kept.
+
+    A pulled model is known by its digest; a user's own file by its path, size and time of change.
+    """
+    status = pulled.path.stat()
+    identity = pulled.sha256 or f"{status.st_size} {status.st_mtime_ns}"
+    mark = blake3(f"{pulled.path.resolve()} {identity}".encode()).hexdigest()[:8]
+    return paths.data_dir() / "artifacts" / f"{_artifact_name(pulled)}-{preset}-{mark}.fl"
+
+
+def _artifact_name(pulled: Pulled) -> str:
+    """The model's name in an artifact's narrower alphabet."""
+    return re.sub(r"[^a-z0-9._-]+", "-", pulled.name.lower()).strip("-._")[:64] or "model"
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; empty for a folder."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

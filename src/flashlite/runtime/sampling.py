@@ -120,8 +120,8 @@ class StopStrings:
 
     Example:
         stops = StopStrings(("</s>",))
-        stops.feed("Hi <")     # "Hi "
-        stops.feed("/s> and")  # "", and stops.matched is "</s>"
+        stops.push("Hi <")     # "Hi "
+        stops.push("/s> and")  # "", and stops.matched is "</s>"
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -132,9 +132,14 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None  # the stop string that was met
 
-    def feed(self, text: str) -> str:
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self.matched is not None
+
+    def push(self, text: str) -> str:
         """Take the next piece; returns what may be shown now. After a match: nothing."""
-        if self.matched is not None:
+        if self.stopped:
             return ""
         seen = self._held + text
         # (end, start) of the first occurrence of each; the smallest is what a reader of single

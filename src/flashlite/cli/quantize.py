@@ -1,0 +1,67 @@
+"""`flashlite quantize`: a checkpoint into an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flashlite.cli import options, output
+from flashlite.errors import UsageError
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--preset",
+    type=click.Choice(["import", "hybrid", "q8", "q4"]),
+    default="import",
+    show_default=True,
+    help="import keeps 4- and 8-bit grids bit for bit; hybrid: FP16 embeddings, INT8 layers.",
+)
+@click.option("-o", "--output", "directory", type=click.Path(path_type=Path), help="NAME.fl")
+@click.option("--force", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--offline", is_flag=True, help="Use only what is on this machine.")
+@click.option("--accept-license", is_flag=True, help="For models whose licence asks for it.")
+@output.json_option
+def command(
+    model: str,
+    preset: str,
+    directory: Path | None,
+    force: bool,
+    offline: bool,
+    accept_license: bool,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL into an artifact, a directory NAME.fl.
+
+    MODEL is a known name, hf:ORG/NAME, or the path of a GGUF file or a safetensors folder.
+
+    \b
+    Examples:
+      flashlite quantize smollm2-135m-instruct
+      flashlite quantize ./model.gguf --preset q4 -o model-q4.fl
+    """
+    from flashlite.checkpoint.pull import pull
+    from flashlite.runtime import prepare
+
+    with options.stages() as progress:
+        pulled = pull(model, accept_license=accept_license, offline=offline)
+        target = directory or Path(f"{pulled.name}-{preset}.fl")
+        if target.exists() and not force:
+            raise UsageError(
+                f"{target} is there already; give --force to replace it, or another -o"
+            )
+        artifact = prepare.make_artifact(pulled, preset, target, progress=progress)
+    figures = {
+        "artifact": str(artifact.path),
+        "preset": artifact.plan.preset,
+        "digest": artifact.digest,
+        "weights_bytes": artifact.weights_size,
+    }
+    if as_json:
+        output.emit(figures)
+    else:
+        click.echo(f"{artifact.path}: {output.size(artifact.weights_size)} of weights ({preset})")

@@ -1,0 +1,1 @@
+"""Run compiled models: engine, pages, scheduler, and the Python API."""

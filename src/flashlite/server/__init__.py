@@ -1,0 +1,1 @@
+"""HTTP around one model: OpenAI-compatible chat completions on loopback."""
