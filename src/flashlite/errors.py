@@ -14,6 +14,7 @@
     ├── CompileError            no compiler, or one that failed
     ├── EngineError             the compiled model refused a call
     │   └── MemoryCeiling       the model does not fit the memory it may use
+    ├── EvaluateError           a measurement that could not be made
     ├── ContextOverflow         FL-405
     ├── UnsupportedTarget       FL-612
     └── MissingExtra            an optional dependency is not installed
@@ -30,6 +31,7 @@ __all__ = [
     "CompressError",
     "ContextOverflow",
     "EngineError",
+    "EvaluateError",
     "FlashliteError",
     "ForgeryError",
     "IntegrityError",
@@ -136,6 +138,10 @@ class EngineError(FlashliteError):
 
 class MemoryCeiling(EngineError):
     """The model does not fit the memory it may use."""
+
+
+class EvaluateError(FlashliteError):
+    """A measurement that could not be made."""
 
 
 class ContextOverflow(FlashliteError):

@@ -78,7 +78,7 @@ def test_any_pieces_give_what_a_search_of_the_whole_gives(
     matcher = StopStrings(stops)
     shown = ""
     for piece in pieces:
-        shown += matcher.feed(piece)
+        shown += matcher.push(piece)
     shown += matcher.finish()
     assert (shown, matcher.matched) == naive("".join(pieces), stops)
 
@@ -88,8 +88,8 @@ def test_nothing_is_held_back_without_need(text: str, stops: list[str]) -> None:
     matcher = StopStrings(stops)
     shown = ""
     for i, char in enumerate(text):
-        shown += matcher.feed(char)
-        if matcher.matched is not None:
+        shown += matcher.push(char)
+        if matcher.stopped:
             break
         held = text[len(shown) : i + 1]
         assert text[: i + 1] == shown + held
@@ -98,15 +98,16 @@ def test_nothing_is_held_back_without_need(text: str, stops: list[str]) -> None:
 
 def test_text_after_a_match_is_dropped() -> None:
     stops = StopStrings(("</s>", "stop"))
-    assert stops.feed("one <") == "one "
-    assert stops.feed("/s> two") == ""
+    assert stops.push("one <") == "one "
+    assert stops.push("/s> two") == ""
+    assert stops.stopped
     assert stops.matched == "</s>"
-    assert stops.feed("three") == ""
+    assert stops.push("three") == ""
     assert stops.finish() == ""
 
 
 def test_what_was_held_back_comes_out_at_the_end() -> None:
     stops = StopStrings(("</s>",))
-    assert stops.feed("a </") == "a "
+    assert stops.push("a </") == "a "
     assert stops.finish() == "</"
     assert stops.matched is None

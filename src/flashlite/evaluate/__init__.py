@@ -1,0 +1,1 @@
+"""Measure a compiled model: speed and memory, beside other engines on the same weights."""

@@ -1,0 +1,63 @@
+"""flashlite itself as a measured engine; see worker.py. `path` is an artifact's directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+
+from flashlite.artifact.read import load_texts, load_weights, open_artifact
+from flashlite.checkpoint.tokenizer import Tokenizer
+from flashlite.runtime.engine import Engine, Sequence, Work
+from flashlite.runtime.library import MAX_BATCH, load_library
+from flashlite.runtime.prepare import compile_artifact
+
+__all__ = ["Model"]
+
+
+class Model:
+    """An artifact open in flashlite: checked, its library from the cache, its tokenizer loaded."""
+
+    def __init__(self, path: str, threads: int, context: int) -> None:
+        artifact = open_artifact(Path(path))
+        self._tokenizer = Tokenizer(load_texts(artifact), name=artifact.name)
+        self._engine = Engine(
+            load_library(compile_artifact(artifact)),
+            load_weights(artifact),
+            max_tokens=context,
+            threads=threads,
+        )
+
+    def prefill(self, ids: Seq[int]) -> float:
+        """Seconds from an empty cache to the next token."""
+        sequence = self._engine.new_sequence(len(ids))
+        start = time.perf_counter()
+        self._run(sequence, ids)
+        seconds = time.perf_counter() - start
+        sequence.release()
+        return seconds
+
+    def decode(self, ids: Seq[int], n: int) -> float:
+        """Seconds of `n` greedy steps after `ids`."""
+        sequence = self._engine.new_sequence(len(ids) + n)
+        token = self._run(sequence, ids)
+        start = time.perf_counter()
+        for _ in range(n):
+            token = self._run(sequence, [token])
+        seconds = time.perf_counter() - start
+        sequence.release()
+        return seconds
+
+    def close(self) -> None:
+        """Free everything."""
+        self._engine.close()
+
+    def _run(self, sequence: Sequence, ids: Seq[int]) -> int:
+        """Append `ids`; the most likely token after them."""
+        last = (len(ids) - 1) // MAX_BATCH * MAX_BATCH
+        for at in range(0, last, MAX_BATCH):
+            self._engine.step([Work(sequence, ids[at : at + MAX_BATCH], "none")])
+        logits = self._engine.step([Work(sequence, ids[last:])])
+        return int(np.argmax(logits[0]))

@@ -1,0 +1,103 @@
+"""A measuring process: JSON lines in, JSON lines out. Run by the peer's own Python, so that it
+imports the standard library alone.
+
+    python -I worker.py peer_llama_cpp.py
+
+The file named on the command line defines `Model(path, threads, context)` with
+
+    prefill(ids) -> seconds   from an empty cache to the logits of the last id on the host
+    decode(ids, n) -> seconds of n greedy steps after `ids`, whose prefill is not counted
+    close()
+
+    {"cmd": "open", "model": PATH, "threads": 2, "context": 2048} -> {"seconds": 0.4}
+    {"cmd": "prefill", "ids": [...]}           -> {"seconds": 0.9}
+    {"cmd": "decode", "ids": [...], "n": 128}  -> {"seconds": 0.7}
+    {"cmd": "rss"}                             -> {"bytes": 98000000}   highest so far (VmHWM)
+    {"cmd": "close"}                           -> {}
+
+A failure is answered with {"error": "one line"}. Whatever a peer prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+import time
+from typing import IO, Any
+
+__all__ = ["answer_lines", "main", "peak_resident_bytes"]
+
+
+def main() -> None:
+    """Serve the peer named by the first argument until `close` or the end of stdin."""
+    _end_with_parent()
+    # Answers get a descriptor of their own: libraries write to descriptor 1 as they like.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    answer_lines(runpy.run_path(sys.argv[1])["Model"], sys.stdin, answers)
+
+
+def answer_lines(model_class: Any, requests: IO[str], answers: IO[str]) -> None:
+    """Answer each line of `requests` with one line."""
+    model = None
+    for line in requests:
+        try:
+            request = json.loads(line)
+            command = request["cmd"]
+            answer: dict[str, Any] = {}
+            if command == "open":
+                start = time.perf_counter()
+                model = model_class(request["model"], request["threads"], request["context"])
+                answer = {"seconds": time.perf_counter() - start}
+            elif command == "rss":
+                answer = {"bytes": peak_resident_bytes()}
+            elif command == "close":
+                if model is not None:
+                    model.close()
+            elif model is None:
+                raise RuntimeError("no model is open")
+            elif command == "prefill":
+                answer = {"seconds": model.prefill(request["ids"])}
+            elif command == "decode":
+                answer = {"seconds": model.decode(request["ids"], request["n"])}
+            else:
+                raise RuntimeError(f"unknown command {command!r}")
+        except Exception as error:
+            text = " ".join(str(error).split())
+            answer = {"error": f"{type(error).__name__}: {text}"[:500]}
+            command = None
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+        if command == "close":
+            return
+
+
+def peak_resident_bytes() -> int:
+    """The highest resident memory of this process."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:  # noqa: PTH123
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _end_with_parent() -> None:
+    """Idle workers are stopped by a signal and would outlive a parent that is killed."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
