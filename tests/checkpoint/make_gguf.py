@@ -105,7 +105,8 @@ def _round(
 
 def _nibbles(codes: NDArray[np.float32]) -> NDArray[np.uint8]:
     q = codes.astype(np.uint8)
-    return q[:, :16] | (q[:, 16:] << np.uint8(4))
+    packed: NDArray[np.uint8] = q[:, :16] | (q[:, 16:] << np.uint8(4))
+    return packed
 
 
 class _Writer:
@@ -138,13 +139,13 @@ class _Writer:
             self.integer(f"count of {key}", value.size, 8)
             self.out += value.tobytes()
         else:
-            number = _number(value)
+            number: np.generic = _number(value)
             self.integer(f"type of {key}", _VALUE_IDS[number.dtype.name], 4)
             self.fields.append(Field(f"value of {key}", len(self.out), number.dtype.itemsize))
             self.out += number.tobytes()
 
 
-def _number(value: object) -> np.generic:
+def _number(value: object) -> Any:  # a NumPy scalar
     if isinstance(value, np.generic):
         return value
     if isinstance(value, bool):

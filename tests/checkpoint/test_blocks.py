@@ -22,13 +22,17 @@ def half(raw: bytes, at: int) -> float:
     return float(struct.unpack_from("<e", raw, at)[0])
 
 
+def signed(byte: int) -> int:
+    return byte - 256 if byte > 127 else byte
+
+
 def nibble(raw: bytes, at: int, i: int) -> int:
     """Value i of 32, of which byte j holds numbers j (low half) and j + 16 (high half)."""
     return raw[at + i] & 15 if i < 16 else raw[at + i - 16] >> 4
 
 
 def fifth(raw: bytes, at: int, i: int) -> int:
-    return (struct.unpack_from("<I", raw, at)[0] >> i & 1) << 4
+    return (int.from_bytes(raw[at : at + 4], "little") >> i & 1) << 4
 
 
 def six_bits(raw: bytes, group: int) -> tuple[int, int]:
@@ -69,7 +73,7 @@ def scalar_q5_1(raw: bytes, i: int) -> float:
 
 
 def scalar_q8_0(raw: bytes, i: int) -> float:
-    return half(raw, 0) * struct.unpack_from("<b", raw, 2 + i)[0]
+    return half(raw, 0) * signed(raw[2 + i])
 
 
 def scalar_q4_k(raw: bytes, i: int) -> float:
@@ -88,8 +92,7 @@ def scalar_q6_k(raw: bytes, i: int) -> float:
     low = raw[part * 64 + quarter % 2 * 32 + lane]
     low = low & 15 if quarter < 2 else low >> 4
     code = low | (raw[128 + part * 32 + lane] >> 2 * quarter & 3) << 4
-    scale = struct.unpack_from("<b", raw, 192 + i // 16)[0]
-    return half(raw, 208) * scale * (code - 32)
+    return half(raw, 208) * signed(raw[192 + i // 16]) * (code - 32)
 
 
 SCALAR: dict[str, Callable[[bytes, int], float]] = {

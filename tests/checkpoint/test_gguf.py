@@ -46,8 +46,8 @@ def test_a_written_file_reads_back(tmp_path: Path, version: int, alignment: int)
     assert checkpoint.metadata["a.text"] == "two\nlines"
     assert checkpoint.metadata["a.words"] == ["a", "", "é▁x"]
     assert checkpoint.metadata["a.flag"] is True
-    np.testing.assert_array_equal(checkpoint.metadata["a.flags"], [True, False, True])  # type: ignore[call-overload]
-    np.testing.assert_array_equal(checkpoint.metadata["a.numbers"], [1.5, -2.5, 3.25])  # type: ignore[call-overload]
+    np.testing.assert_array_equal(checkpoint.metadata["a.flags"], [True, False, True])
+    np.testing.assert_array_equal(checkpoint.metadata["a.numbers"], [1.5, -2.5, 3.25])
     assert list(checkpoint.tensors) == list(TENSORS)
     for name, tensor in TENSORS.items():
         info = checkpoint.info(name)
