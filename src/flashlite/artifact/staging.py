@@ -14,7 +14,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flashlite.artifact.format import LIMITS
@@ -92,19 +92,24 @@ def _make_folder(target: Path) -> tuple[Path, int | None]:
         folder.mkdir()
         return folder, None
     with _locked(target.parent):  # so that no folder is seen between its making and its locking
-        for stale in target.parent.glob(f"{prefix}*{suffix}"):
-            owner = os.open(stale, os.O_RDONLY)
-            try:
-                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(stale, ignore_errors=True)
-            except BlockingIOError:
-                pass  # its maker is at work
-            finally:
-                os.close(owner)
+        for stale in sorted(target.parent.iterdir()):
+            if stale.name.startswith(prefix) and stale.name.endswith(suffix):
+                _remove_abandoned(stale)
         folder.mkdir()
         lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock(lock, wait=True)
         return folder, lock
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what a killed writer left; the folder of a living one is locked."""
+    with suppress(FileNotFoundError):  # its writer has just ended
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            if _lock(handle, wait=False):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -115,10 +120,21 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(handle, wait=True)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Lock an open folder until it is closed; False if it is taken or cannot be locked here."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # taken, or a network file system without locks
+        return False
+    return True
 
 
 def _make_durable(folder: Path) -> None:
