@@ -2,9 +2,9 @@
 
 import flashlite as fl
 
-model = fl.load("smollm2-135m-instruct")
-for piece in model.chat([{"role": "user", "content": "Hi"}], stream=True):
-    print(piece, end="")
+with fl.load("smollm2-135m-instruct") as model:
+    for piece in model.chat([{"role": "user", "content": "Hi"}], stream=True):
+        print(piece, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -14,24 +14,75 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flashlite.checkpoint.pull import Pulled, pull
-    from flashlite.errors import FlashliteError
+    from flashlite.errors import (
+        ArtifactError,
+        CheckpointError,
+        CompileError,
+        CompressError,
+        ContextOverflow,
+        EngineError,
+        EvaluateError,
+        FlashliteError,
+        ForgeryError,
+        IntegrityError,
+        MemoryCeiling,
+        MissingExtra,
+        PullError,
+        TemplateError,
+        TokenizerError,
+        UnsupportedModel,
+        UnsupportedTarget,
+        UsageError,
+    )
+    from flashlite.runtime.model import Answer, Model, load
+    from flashlite.runtime.sampling import SamplingParams
 
-__all__ = ["FlashliteError", "Pulled", "__version__", "pull"]
+__all__ = [
+    "Answer",
+    "ArtifactError",
+    "CheckpointError",
+    "CompileError",
+    "CompressError",
+    "ContextOverflow",
+    "EngineError",
+    "EvaluateError",
+    "FlashliteError",
+    "ForgeryError",
+    "IntegrityError",
+    "MemoryCeiling",
+    "MissingExtra",
+    "Model",
+    "PullError",
+    "Pulled",
+    "SamplingParams",
+    "TemplateError",
+    "TokenizerError",
+    "UnsupportedModel",
+    "UnsupportedTarget",
+    "UsageError",
+    "__version__",
+    "load",
+    "pull",
+]
 
 __version__ = "0.1.0"
 
-# Where each public name lives; imported at first use, so that `import flashlite` costs nothing.
+# Where the names live that are not errors. All are imported at first use: `import flashlite`
+# costs nothing.
 _HOMES = {
-    "FlashliteError": "flashlite.errors",
+    "Answer": "flashlite.runtime.model",
+    "Model": "flashlite.runtime.model",
     "Pulled": "flashlite.checkpoint.pull",
+    "SamplingParams": "flashlite.runtime.sampling",
+    "load": "flashlite.runtime.model",
     "pull": "flashlite.checkpoint.pull",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'flashlite' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_HOMES.get(name, "flashlite.errors")), name)
     globals()[name] = value
     return value
 

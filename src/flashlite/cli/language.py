@@ -17,6 +17,8 @@ import click
 
 __all__ = ["HelpFormatter", "spanish", "translate"]
 
+_CODE = re.compile(r"(FL-\d+: |)(.*)", re.DOTALL)
+
 
 def spanish() -> bool:
     """Whether the environment asks for Spanish; the first variable that is set decides."""
@@ -27,16 +29,11 @@ def spanish() -> bool:
 
 
 def translate(text: str) -> str:
-    """`text` in the user's language, or as it is."""
+    """`text` in the user's language, or as it is; an error code in front stays."""
     if not text or not spanish():
         return text
-    catalogue = _catalogue()
-    if exact := catalogue.get(text):
-        return exact
-    for pattern, target in _patterns():
-        if match := pattern.fullmatch(text):
-            return target.format(*match.groups())
-    return text
+    code, rest = _CODE.fullmatch(text).groups()  # type: ignore[union-attr]
+    return code + _look_up(rest)
 
 
 class HelpFormatter(click.HelpFormatter):
@@ -51,17 +48,36 @@ class HelpFormatter(click.HelpFormatter):
         super().write_heading(translate(heading))
 
     def write_text(self, text: str) -> None:
-        """Write a paragraph."""
-        super().write_text(translate(text))
+        """Write paragraphs; one that begins with a \\b keeps its lines."""
+        paragraphs = [
+            part if part.startswith("\b") else translate(" ".join(part.split()))
+            for part in text.split("\n\n")
+        ]
+        super().write_text("\n\n".join(paragraphs))
 
     def write_dl(
         self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
     ) -> None:
         """Write names beside what they mean."""
-        super().write_dl([(name, translate(text)) for name, text in rows], col_max, col_spacing)
+        super().write_dl([(name, _option(text)) for name, text in rows], col_max, col_spacing)
 
 
 click.Context.formatter_class = HelpFormatter
+
+
+def _option(text: str) -> str:
+    """The help of one option; what stands behind it in brackets is translated by itself."""
+    words, bracket, rest = text.partition("  [")
+    return translate(words) + (f"  {translate(bracket.strip() + rest)}" if bracket else "")
+
+
+def _look_up(text: str) -> str:
+    if exact := _catalogue().get(text):
+        return exact
+    for pattern, target in _patterns():
+        if match := pattern.fullmatch(text):
+            return target.format(*match.groups())
+    return text
 
 
 @functools.cache
@@ -76,6 +92,6 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
     templates = {key: value for key, value in _catalogue().items() if "{}" in key}
     # The longest first: the most particular template wins.
     return [
-        (re.compile("(.+?)".join(map(re.escape, key.split("{}"))), re.DOTALL), templates[key])
+        (re.compile("(.*?)".join(map(re.escape, key.split("{}"))), re.DOTALL), templates[key])
         for key in sorted(templates, key=len, reverse=True)
     ]

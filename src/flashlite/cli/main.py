@@ -15,7 +15,7 @@ from importlib import import_module
 
 import click
 
-from flashlite.cli import language
+from flashlite.cli import language, output
 from flashlite.errors import FlashliteError
 
 __all__ = ["VERBS", "main", "quantize"]
@@ -104,7 +104,7 @@ def quantize() -> int:
 
 def _run(words: list[str]) -> int:
     try:
-        with _cli.make_context("flashlite", words) as context:
+        with _cli.make_context("flashlite", words or ["--help"]) as context:
             _cli.invoke(context)
         code = 0
     except click.exceptions.Exit as request:
@@ -123,34 +123,36 @@ def _explain(error: Exception) -> int:
     if isinstance(error, click.Abort):
         return 130
     message, code = _describe(error)
-    line = " ".join(language.translate(message).split())
+    line = output.printable(" ".join(message.split()))
     with contextlib.suppress(OSError):  # stderr may be gone too; the exit code still tells
         click.echo(f"flashlite: {line}", err=True)
     return code
 
 
 def _describe(error: Exception) -> tuple[str, int]:
+    """What is said about an error, in the user's language, and the exit code."""
+    translate = language.translate
     if isinstance(error, FlashliteError):
-        return str(error), error.exit_code
+        return translate(str(error)), error.exit_code
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx else "flashlite"
-        return f"{error.format_message()} (see `{where} --help`)", error.exit_code
+        text = translate(error.format_message())
+        return translate(f"{text} (see `{where} --help`)"), error.exit_code
     if isinstance(error, click.ClickException):
-        return error.format_message(), error.exit_code
+        return translate(error.format_message()), error.exit_code
     if isinstance(error, MemoryError):
-        return "out of memory: close something, or use a smaller model or a lower --max-mem", 1
+        text = "out of memory: close something, or use a smaller model or a lower --max-mem"
+        return translate(text), 1
     if isinstance(error, OSError) and error.errno is not None:
         reason = os.strerror(error.errno)
         named = error.filename if error.filename is not None else error.filename2
-        return f"{reason}: {named}" if named is not None else _system(error, reason), 1
+        if named is not None:
+            reason = f"{named}: {reason}"
+        if error.errno == errno.ENOSPC:
+            return translate(f"{reason}: free some space and run the same command again"), 1
+        return reason, 1
     name = type(error).__name__
-    return f"internal error, {name}: {error} (FLASHLITE_DEBUG=1 shows where)", 1
-
-
-def _system(error: OSError, reason: str) -> str:
-    if error.errno == errno.ENOSPC:
-        return f"{reason}: free some space and run the same command again"
-    return reason
+    return translate(f"internal error, {name}: {error} (FLASHLITE_DEBUG=1 shows where)"), 1
 
 
 if __name__ == "__main__":

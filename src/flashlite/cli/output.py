@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-__all__ = ["count", "emit", "json_option", "note", "progress", "size", "table"]
+__all__ = ["count", "emit", "json_option", "note", "printable", "progress", "size", "table"]
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout."
@@ -22,12 +22,17 @@ json_option = click.option(
 
 def emit(data: Mapping[str, Any]) -> None:
     """Print one JSON object on one line of stdout; NaN and infinities are refused."""
-    click.echo(json.dumps(data, ensure_ascii=False, allow_nan=False, default=str))
+    click.echo(json.dumps(data, allow_nan=False, default=str))
 
 
 def note(text: str) -> None:
     """Say something beside the answer, on stderr."""
     click.echo(text, err=True)
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: names in model files are not trusted."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def size(n_bytes: float) -> str:
@@ -55,7 +60,7 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str] = ()) -> str:
         rows: the cells; every row as long as the first.
         headers: one per column, or none.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     lines = [list(headers), *cells] if headers else cells
     if not lines:
         return ""
