@@ -76,8 +76,8 @@ typedef struct {
 /* Bytes of one page for one layer and one KV head; a multiple of 64. */
 static inline size_t fl_kv_bytes(int32_t head_dim, int fp32) {
     size_t groups = ((size_t)head_dim + FL_GROUP - 1) / FL_GROUP;
-    size_t bytes = fp32 ? (size_t)head_dim * 32 * 4 * 2
-                        : (size_t)head_dim * 32 * 2 + groups * 32 * 2 * 2;
+    size_t bytes =
+        fp32 ? (size_t)head_dim * 32 * 4 * 2 : (size_t)head_dim * 32 * 2 + groups * 32 * 2 * 2;
     return (bytes + FL_ALIGN - 1) / FL_ALIGN * FL_ALIGN;
 }
 
