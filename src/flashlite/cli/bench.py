@@ -13,6 +13,7 @@ from flashlite.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from flashlite.evaluate.peers import Peer
     from flashlite.evaluate.speed import Contender, Figures
 
 __all__ = ["command"]
@@ -25,7 +26,9 @@ BUSY = 0.5  # load average from which figures are doubtful
 @click.argument("model", default="smollm2-135m-instruct")
 @click.option("--peers", default="", metavar="NAMES", help="Measure also: llama.cpp,openvino")
 @click.option("--prefill", type=int, metavar="N", help="Measure also a prompt of N tokens.")
-@click.option("--threads", type=int, help="Of each engine.  [default: one per core]")
+@click.option(
+    "--threads", type=click.IntRange(1, 64), help="Of each engine.  [default: one per core]"
+)
 @click.option(
     "--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="Times each."
 )
@@ -58,15 +61,17 @@ def command(
       flashlite bench smollm2-135m-instruct --prefill 8000 --threads 2 --json
     """
     from flashlite.evaluate import machine, speed
+    from flashlite.evaluate.peers import find_peers
     from flashlite.evaluate.process import our_command
     from flashlite.runtime import prepare
     from flashlite.runtime.engine import default_threads
 
-    contenders = _peers(model, peers)
+    wanted = find_peers([name.strip() for name in peers.split(",") if name.strip()])
     with options.stages() as progress:
         artifact = prepare.find_artifact(model, preset=preset, progress=progress)
     prepare.compile_artifact(artifact)  # so that opening finds the library
-    contenders.insert(0, speed.Contender(OURS, our_command(), artifact.path))
+    ours = speed.Contender(OURS, our_command(), artifact.path)
+    contenders = [ours, *_install(wanted, model)]
     threads = default_threads() if threads is None else threads
     measures = speed.choose_measures(artifact.spec.max_context, prefill)
     surroundings = machine.describe_machine()
@@ -99,14 +104,13 @@ def command(
     )
 
 
-def _peers(model: str, names: str) -> list[Contender]:
-    """The peers, installed, on the model's GGUF file."""
+def _install(peers: Sequence[Peer], model: str) -> list[Contender]:
+    """The peers, ready to run on the model's GGUF file."""
     from flashlite.checkpoint.pull import pull
-    from flashlite.evaluate.peers import find_peers, peer_python
+    from flashlite.evaluate.peers import peer_python
     from flashlite.evaluate.process import peer_command
     from flashlite.evaluate.speed import Contender
 
-    peers = find_peers([name.strip() for name in names.split(",") if name.strip()])
     if not peers:
         return []
     if Path(model, "manifest.json").is_file():
