@@ -107,11 +107,14 @@ def test_gguf_gemma3(cases: Mapping[str, Any], tmp_path: Path) -> None:
         "attention.scale": case.source.spec.attn_scale,
     }
     source = describe(as_gguf(tmp_path, case, keys))
-    # GGUF has no list of layers: every sixth is global, so all four of this file slide.
+    # Without the pattern, which few files write, every sixth layer is global: here none.
     assert source.spec == replace(case.source.spec, sliding_layers=(True,) * 4)
-    restored = replace(source.spec, sliding_layers=case.source.spec.sliding_layers)
-    found = Reference(restored, source.tensor).logits(case.ids)
+    source = describe(as_gguf(tmp_path, case, {**keys, "attention.sliding_window_pattern": 2}))
+    assert source.spec == case.source.spec
+    found = Reference(source.spec, source.tensor).logits(case.ids)
     np.testing.assert_allclose(found, case.logits, rtol=0, atol=1e-4)
+    source = describe(as_gguf(tmp_path, case, {**keys, "attention.sliding_window": 0}))
+    assert (source.spec.sliding_window, source.spec.sliding_layers) == (None, ())
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,7 @@ def test_bert_is_called_an_embedding_model(cases: Mapping[str, Any]) -> None:
         ("block_count", 3),
         ("feed_forward_length", np.array([24, 24])),
         ("context_length", 0),
+        ("context_length", True),
         ("attention.head_count", 0),
         ("attention.head_count", 3),
         ("attention.head_count_kv", 3),
@@ -259,6 +263,9 @@ def test_bad_gguf_metadata_is_refused(
     assert len(str(caught.value)) < 400
 
 
+LOCAL_YARN = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_type": "yarn"}}
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -278,6 +285,7 @@ def test_bad_gguf_metadata_is_refused(
         ("gemma3", {"layer_types": ["full_attention", "chunked"] * 2}),
         ("gemma3", {"layer_types": "full_attention"}),
         ("gemma3", {"sliding_window": -1}),
+        ("gemma3", {"rope_parameters": LOCAL_YARN}),
         ("gemma3", {"query_pre_attn_scalar": 0}),
         ("gemma3", {"text_config": {}}),
         ("gemma3", {"use_bidirectional_attention": True}),
@@ -301,6 +309,27 @@ def test_llama3_needs_its_frequencies_in_order(cases: Mapping[str, Any]) -> None
     rope = {**case.source.checkpoint.metadata["rope_parameters"], "high_freq_factor": 1.0}
     with pytest.raises(CheckpointError, match="high_freq_factor"):
         describe(with_config(case, rope_parameters=rope))
+
+
+def test_head_size_must_fit_the_engine(
+    plain_checkpoint: Any, gguf_metadata: Any, gguf_arrays: Any
+) -> None:
+    metadata = {**gguf_metadata, "llama.attention.key_length": 6}
+    with pytest.raises(CheckpointError, match="head_dim is 6, not a multiple of 4"):
+        describe(plain_checkpoint("gguf", "llama", metadata, gguf_arrays))
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("llama", 8), ("qwen3", 128), ("gemma3", 256)])
+def test_head_size_left_out_is_the_family_default(
+    cases: Mapping[str, Any], name: str, head_dim: int
+) -> None:
+    case = cases[name]
+    if name == "llama":
+        assert describe(with_config(case, head_dim=None)).spec.head_dim == head_dim
+        return
+    rows = head_dim * case.source.spec.n_heads
+    with pytest.raises(CheckpointError, match=rf"q_proj.*allowed \({rows}, 24\)"):
+        describe(with_config(case, head_dim=None))
 
 
 def test_a_missing_tensor_is_named(cases: Mapping[str, Any]) -> None:

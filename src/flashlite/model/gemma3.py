@@ -42,8 +42,9 @@ def _read_gguf(fields: Fields, checkpoint: Checkpoint) -> ModelSpec:
         # GGUF has no key for it: 27B alone scales by d_model / n_heads (168), not by head_dim.
         common.setdefault("attn_scale", (common["d_model"] / common["n_heads"]) ** -0.5)
     theta = fields.number("rope.freq_base_swa", 1.0, 1e12, _LOCAL_THETA)
-    window = fields.integer("attention.sliding_window", 0, 16777216)
-    return _spec(common, theta, window, _every(_PATTERN, common["n_layers"]))
+    window = fields.integer("attention.sliding_window", 0, 16777216, 0)
+    pattern = fields.integer("attention.sliding_window_pattern", 1, 512, _PATTERN)
+    return _spec(common, theta, window, _every(pattern, common["n_layers"]))
 
 
 def _read_hf(fields: Fields, checkpoint: Checkpoint) -> ModelSpec:
@@ -63,7 +64,9 @@ def _read_hf(fields: Fields, checkpoint: Checkpoint) -> ModelSpec:
     rope = fields.group("rope_parameters")
     if rope.has("full_attention"):  # transformers 5: one object per kind of layer
         common |= hf_rope_object(rope.group("full_attention"), 1e6)
-        theta = rope.group("sliding_attention").number("rope_theta", 1.0, 1e12, _LOCAL_THETA)
+        local = rope.group("sliding_attention")
+        local.choice("rope_type", {"default": None}, "default")
+        theta = local.number("rope_theta", 1.0, 1e12, _LOCAL_THETA)
     else:
         common |= hf_rope(fields, 1e6)
         theta = fields.number("rope_local_base_freq", 1.0, 1e12, _LOCAL_THETA)
