@@ -46,6 +46,8 @@ __all__ = [
 
 CSRC = Path(__file__).parents[2] / "src" / "flashlite" / "csrc"
 CFLAGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-O3", "-ffp-contract=off", "-fno-math-errno")
+AVX512 = ("f", "bw", "vl", "dq", "vnni")
+EMULATION = Path(__file__).parent / "avx512_emulation"
 GROUP, BLOCK_ROWS, TILE, PAGE = 32, 16, 6, 32
 FORMATS = {"q8": 0, "q4": 1, "q4m": 2}
 
@@ -72,6 +74,18 @@ TABLES = {
     ),
     "avx2-native": Table(
         "fl_kernels_avx2.c", "fl_kernels_avx2", ("-march=native",), ("avx2", "fma", "f16c")
+    ),
+    "avx512": Table(
+        "fl_kernels_avx512.c",
+        "fl_kernels_avx512",
+        (*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mf16c"),
+        (*(f"avx512{part}" for part in AVX512[:4]), "avx512_vnni", "fma", "f16c"),
+    ),
+    "avx512-emulated": Table(  # the same source, its intrinsics made of AVX2
+        "fl_kernels_avx512.c",
+        "fl_kernels_avx512",
+        (f"-I{EMULATION}", "-mavx2", "-mfma", "-mf16c"),
+        ("avx2", "fma", "f16c"),
     ),
 }
 
@@ -363,8 +377,8 @@ class Kernels:
     def __init__(self, name: str, library: Path, table: Table) -> None:
         self.name, self.fp32 = name, table.fp32
         self._library = ctypes.CDLL(str(library))
-        self._table = CKernels.in_dll(self._library, table.symbol)
-        self.isa = self._table.isa.decode()
+        self.table = CKernels.in_dll(self._library, table.symbol)
+        self.isa = self.table.isa.decode()
 
     def quantize(self, x: F32, *, split: int | None = None) -> Activations:
         """Quantize x [n, cols], in two calls per token when `split` (a group) is given."""
@@ -378,13 +392,13 @@ class Kernels:
         for t in range(act.n):
             for low, high in zip(cuts, cuts[1:], strict=False):
                 part = np.ascontiguousarray(x[t, GROUP * low : GROUP * high], np.float32)
-                self._table.quantize(c, t, low, high, part.ctypes.data, act.cols)
+                self.table.quantize(c, t, low, high, part.ctypes.data, act.cols)
 
     def gemv(self, w: Linear, act: Activations, *, block0: int = 0, block1: int = -1) -> F32:
         block1 = w.blocks if block1 < 0 else block1
         y = aligned((block1 - block0) * BLOCK_ROWS, np.float32)
         y[:] = np.nan
-        self._table.gemv(y.ctypes.data, w.c(), block0, block1, act.c())
+        self.table.gemv(y.ctypes.data, w.c(), block0, block1, act.c())
         return y
 
     def gemm(self, w: Linear, act: Activations, *, block0: int = 0, block1: int = -1) -> F32:
@@ -393,7 +407,7 @@ class Kernels:
         tokens, rows = _up(act.n, TILE), (block1 - block0) * BLOCK_ROWS
         y = np.full((tokens, rows + 3), np.nan, np.float32)
         panel = aligned(w.groups * (2 * 512 + 4 * 64) + 64, np.uint8)
-        self._table.gemm(
+        self.table.gemm(
             y.ctypes.data, rows + 3, w.c(), block0, block1, act.c(), panel.ctypes.data
         )
         if not np.isnan(y[:, rows:]).all():
@@ -402,7 +416,7 @@ class Kernels:
 
     def store_kv(self, pages: Pages, position: int, k: F32, v: F32) -> None:
         k, v = (np.ascontiguousarray(a, np.float32) for a in (k, v))
-        self._table.store_kv(pages.c(), position, k.ctypes.data, v.ctypes.data)
+        self.table.store_kv(pages.c(), position, k.ctypes.data, v.ctypes.data)
 
     def attend(self, pages: Pages, q: F32, first: npt.ArrayLike, last: npt.ArrayLike) -> F32:
         """q [n_q, head_dim], first and last [n_q]."""
@@ -410,7 +424,7 @@ class Kernels:
         low, high = (np.ascontiguousarray(a, np.int32) for a in (first, last))
         out = np.full_like(q, np.nan)
         scratch = aligned(32 * ((pages.head_dim + 32) * 8 + 128 + 256) + 4096, np.uint8)
-        self._table.attend(
+        self.table.attend(
             out.ctypes.data,
             pages.c(),
             len(q),
@@ -423,14 +437,14 @@ class Kernels:
 
     def rmsnorm(self, x: F32, weight: F32, eps: float) -> F32:
         y = np.full_like(x, np.nan)
-        self._table.rmsnorm(y.ctypes.data, x.ctypes.data, weight.ctypes.data, len(x), eps)
+        self.table.rmsnorm(y.ctypes.data, x.ctypes.data, weight.ctypes.data, len(x), eps)
         return y
 
     def silu_mul(self, gate: F32, up: F32) -> F32:
-        return self._gated(self._table.silu_mul, gate, up)
+        return self._gated(self.table.silu_mul, gate, up)
 
     def gelu_mul(self, gate: F32, up: F32) -> F32:
-        return self._gated(self._table.gelu_mul, gate, up)
+        return self._gated(self.table.gelu_mul, gate, up)
 
     @staticmethod
     def _gated(function: Callable[..., None], gate: F32, up: F32) -> F32:
@@ -463,7 +477,7 @@ def build(name: str, directory: Path) -> Kernels:
     return Kernels(name, library, table)
 
 
-SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZE = ("-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def missing_sanitizers(directory: Path) -> str:

@@ -371,4 +371,4 @@ def test_random_calls_are_clean_under_sanitizers(name: str, directory: Path) -> 
     reason = h.missing(h.TABLES[name]) or h.missing_sanitizers(directory)
     if reason:
         pytest.skip(f"{name}: {reason}")
-    h.fuzz(name, directory, rounds=300)
+    h.fuzz(name, directory, rounds=1000)

@@ -21,7 +21,15 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
-#define TOKENS 3 /* that share the weights of one pass: 6 sums, 6 results, 4 for operands */
+/* Hides a value from the optimiser, which would otherwise gather the products of a whole group
+ * before it adds them, and spill them all. */
+#define KEEP(vector) __asm__("" : "+x"(vector))
+
+#define FEW 3
+#ifndef MANY
+#define MANY 3
+#endif
+#define MAX_TOKENS 6
 
 /* ---- vectors ---- */
 
@@ -128,21 +136,20 @@ static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, con
 
 /* ---- matrices ---- */
 
-/* How 16 rows lie in memory. */
+/* How the codes of 16 rows are stored. */
 typedef enum {
-    BYTES,  /* s8, any value */
-    NIBBLES, /* packed q4 and q4m */
-    SMALL,   /* q4 and q4m unpacked to bytes 0..15 */
+    BYTES,    /* s8: weights as packed, and the keys of a page */
+    NIBBLES,  /* q4 and q4m as packed */
+    UNPACKED, /* q4 and q4m as bytes 0..15, scales and mins as floats */
 } form;
 
-/* 16 rows: group g, step k4 of BYTES and SMALL starts at codes + (8 g + k4) * pitch, and its
- * scales and mins at g * pitch / 4 values; halves, or floats when SMALL. */
+/* Rows side by side: step k4 of group g at codes + (8 g + k4) * pitch (NIBBLES: two steps), the
+ * scales and mins of a group at g * pitch / 4. */
 typedef struct {
     const uint8_t *codes;
     const void *scales, *mins;
-    size_t pitch;
     size_t groups;
-    size_t last_steps; /* of the last group, 8 unless it is short */
+    size_t last_steps; /* of the last group: 8, less where it is short (keys only) */
 } rows;
 
 /* Tokens: step k4 of group g at codes + (8 g + k4) * width, scales and sums at g * width. */
@@ -150,16 +157,15 @@ typedef struct {
     const int32_t *codes;
     const float *scale;
     const int32_t *sum;
-    size_t width;
 } tokens;
 
 INLINE __m256 load_scales(form f, const void *base, size_t at) {
-    return f == SMALL ? _mm256_loadu_ps((const float *)base + at)
-                      : load_halves((const uint16_t *)base + at);
+    return f == UNPACKED ? _mm256_loadu_ps((const float *)base + at)
+                         : load_halves((const uint16_t *)base + at);
 }
 
-/* dot[t][half] += four columns of 8 rows x token t, for `n` tokens */
-INLINE void step_bytes(__m256i dot[TOKENS][2], const uint8_t *codes, const int32_t *x, int n) {
+/* dot[t] += four columns of 16 rows x token t */
+INLINE void step_bytes(__m256i dot[][2], const uint8_t *codes, const int32_t *x, int n) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i w0 = load_bytes(codes), w1 = load_bytes(codes + 32);
     __m256i a0 = _mm256_abs_epi8(w0), a1 = _mm256_abs_epi8(w1);
@@ -169,43 +175,41 @@ INLINE void step_bytes(__m256i dot[TOKENS][2], const uint8_t *codes, const int32
         __m256i p1 = _mm256_maddubs_epi16(a1, _mm256_sign_epi8(v, w1));
         dot[t][0] = _mm256_add_epi32(dot[t][0], _mm256_madd_epi16(p0, ones));
         dot[t][1] = _mm256_add_epi32(dot[t][1], _mm256_madd_epi16(p1, ones));
+        KEEP(dot[t][0]);
+        KEEP(dot[t][1]);
     }
 }
 
-/* The same in 16 bits, for codes 0..15. */
-INLINE void step_small(__m256i sum[TOKENS][2], __m256i w0, __m256i w1, const int32_t *x, int n) {
+/* The same for codes 0..15, summed in 16 bits. */
+INLINE void step_small(__m256i sum[][2], __m256i w0, __m256i w1, const int32_t *x, int n) {
     UNROLL for (int t = 0; t < n; t++) {
         __m256i v = _mm256_set1_epi32(x[t]);
         sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(w0, v));
         sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(w1, v));
+        KEEP(sum[t][0]);
+        KEEP(sum[t][1]);
     }
 }
 
-/* The integer dot products of one group. */
-INLINE void dot_group(__m256i dot[TOKENS][2], form f, const uint8_t *codes, size_t pitch,
-                      size_t steps, const int32_t *x, size_t width, int n) {
+/* The integer dot products of one group: codes and x at its start. */
+INLINE void dot_group(__m256i dot[][2], form f, const uint8_t *codes, size_t pitch, size_t steps,
+                      const int32_t *x, size_t width, int n) {
     const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     UNROLL for (int t = 0; t < n; t++) dot[t][0] = dot[t][1] = _mm256_setzero_si256();
     if (f == BYTES) {
-        if (steps == 8) {
-            UNROLL for (size_t k4 = 0; k4 < 8; k4++) {
-                step_bytes(dot, codes + k4 * pitch, x + k4 * width, n);
-            }
-        } else {
-            for (size_t k4 = 0; k4 < steps; k4++) {
-                step_bytes(dot, codes + k4 * pitch, x + k4 * width, n);
-            }
+        for (size_t k4 = 0; k4 < steps; k4++) {
+            step_bytes(dot, codes + k4 * pitch, x + k4 * width, n);
         }
         return;
     }
-    if (f == SMALL) {
+    if (f == UNPACKED) {
         UNROLL for (size_t k4 = 0; k4 < 8; k4++) {
             const uint8_t *at = codes + k4 * pitch;
             step_small(dot, load_bytes(at), load_bytes(at + 32), x + k4 * width, n);
         }
     } else {
         UNROLL for (size_t i = 0; i < 4; i++) {
-            __m256i w0 = load_bytes(codes + 64 * i), w1 = load_bytes(codes + 64 * i + 32);
+            __m256i w0 = load_bytes(codes + i * pitch), w1 = load_bytes(codes + i * pitch + 32);
             step_small(dot, _mm256_and_si256(w0, mask), _mm256_and_si256(w1, mask),
                        x + 2 * i * width, n);
             w0 = _mm256_and_si256(_mm256_srli_epi16(w0, 4), mask);
@@ -219,23 +223,24 @@ INLINE void dot_group(__m256i dot[TOKENS][2], form f, const uint8_t *codes, size
     }
 }
 
-/* y[t * stride + row] of 16 rows and n <= TOKENS tokens. All of format, f and n are constants. */
+/* y[t * stride + row] of 16 rows and n tokens; all but the pointers and stride are constants. */
 INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_format format,
-                   form f, int n) {
-    __m256 acc[TOKENS][2];
+                   form f, size_t pitch, size_t width, int n) {
+    __m256 acc[MAX_TOKENS][2];
     UNROLL for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
     const uint8_t *codes = w->codes;
-    for (size_t g = 0; g < w->groups; g++) {
-        __m256i dot[TOKENS][2];
-        size_t at = g * w->pitch / 4, steps = g + 1 < w->groups ? 8 : w->last_steps;
-        dot_group(dot, f, codes, w->pitch, steps, x->codes + 8 * g * x->width, x->width, n);
-        codes += (f == NIBBLES ? 4 : 8) * w->pitch;
+    const int32_t *x_codes = x->codes, *x_sum = x->sum;
+    const float *x_scale = x->scale;
+    const size_t groups = w->groups;
+    for (size_t g = 0; g < groups; g++) {
+        __m256i dot[MAX_TOKENS][2];
+        size_t at = g * pitch / 4, steps = pitch == 64 || g + 1 < groups ? 8 : w->last_steps;
+        dot_group(dot, f, codes, pitch, steps, x_codes, width, n);
         __m256 s0 = load_scales(f, w->scales, at), s1 = load_scales(f, w->scales, at + 8);
         UNROLL for (int t = 0; t < n; t++) {
-            __m256 sx = _mm256_set1_ps(x->scale[g * x->width + (size_t)t]);
+            __m256 sx = _mm256_set1_ps(x_scale[t]);
             if (format == FL_Q4) { /* sum (code - 8) x = sum code x - 8 sum x */
-                __m256i sum = _mm256_set1_epi32(x->sum[g * x->width + (size_t)t]);
-                sum = _mm256_slli_epi32(sum, 3);
+                __m256i sum = _mm256_slli_epi32(_mm256_set1_epi32(x_sum[t]), 3);
                 dot[t][0] = _mm256_sub_epi32(dot[t][0], sum);
                 dot[t][1] = _mm256_sub_epi32(dot[t][1], sum);
             }
@@ -247,13 +252,16 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
         if (format == FL_Q4M) {
             __m256 m0 = load_scales(f, w->mins, at), m1 = load_scales(f, w->mins, at + 8);
             UNROLL for (int t = 0; t < n; t++) {
-                size_t i = g * x->width + (size_t)t;
-                __m256 sum = _mm256_mul_ps(_mm256_set1_ps(x->scale[i]),
-                                           _mm256_cvtepi32_ps(_mm256_set1_epi32(x->sum[i])));
+                __m256 sum = _mm256_mul_ps(_mm256_set1_ps(x_scale[t]),
+                                           _mm256_cvtepi32_ps(_mm256_set1_epi32(x_sum[t])));
                 acc[t][0] = _mm256_fmadd_ps(m0, sum, acc[t][0]);
                 acc[t][1] = _mm256_fmadd_ps(m1, sum, acc[t][1]);
             }
         }
+        codes += (f == NIBBLES ? 4 : 8) * pitch;
+        x_codes += 8 * width;
+        x_scale += width;
+        x_sum += width;
     }
     UNROLL for (int t = 0; t < n; t++) {
         _mm256_storeu_ps(y + (size_t)t * stride, acc[t][0]);
@@ -261,40 +269,58 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
     }
 }
 
-/* n = 1..3 tokens, n not constant. */
-INLINE void rows16_few(float *y, size_t stride, const rows *w, const tokens *x, fl_format format,
-                       form f, int32_t n) {
-    if (n >= 3) {
-        rows16(y, stride, w, x, format, f, 3);
-    } else if (n == 2) {
-        rows16(y, stride, w, x, format, f, 2);
-    } else {
-        rows16(y, stride, w, x, format, f, 1);
-    }
-}
-
-/* Not inlined: one body per format and form. */
-#define ROWS16_BODY(name, format, f)                                                            \
-    static __attribute__((noinline)) void name(float *y, size_t stride, const rows *w,         \
-                                               const tokens *x, int32_t n) {                   \
-        rows16_few(y, stride, w, x, format, f, n);                                             \
-    }
-ROWS16_BODY(rows16_q8, FL_Q8, BYTES)
-ROWS16_BODY(rows16_q4, FL_Q4, NIBBLES)
-ROWS16_BODY(rows16_q4m, FL_Q4M, NIBBLES)
-ROWS16_BODY(rows16_q4_panel, FL_Q4, SMALL)
-ROWS16_BODY(rows16_q4m_panel, FL_Q4M, SMALL)
-
+/* Bodies of rows16, none of them inlined: 1 token alone, up to FEW of a tile, exactly MANY. */
 typedef void rows16_function(float *, size_t, const rows *, const tokens *, int32_t);
+
+#define BODY(name)                                                                              \
+    static __attribute__((noinline)) void name(float *y, size_t stride, const rows *w,         \
+                                               const tokens *x, int32_t n)
+#define ONE(name, format, form)                                                                 \
+    BODY(name) {                                                                               \
+        (void)n;                                                                               \
+        rows16(y, stride, w, x, format, form, 64, 1, 1);                                       \
+    }
+#define UP_TO_FEW(name, format, form, pitch)                                                    \
+    BODY(name) {                                                                               \
+        if (n >= 3) {                                                                          \
+            rows16(y, stride, w, x, format, form, pitch, FL_TILE, 3);                          \
+        } else if (n == 2) {                                                                   \
+            rows16(y, stride, w, x, format, form, pitch, FL_TILE, 2);                          \
+        } else {                                                                               \
+            rows16(y, stride, w, x, format, form, pitch, FL_TILE, 1);                          \
+        }                                                                                      \
+    }
+#define EXACTLY_MANY(name, format)                                                              \
+    BODY(name) {                                                                               \
+        (void)n;                                                                               \
+        rows16(y, stride, w, x, format, UNPACKED, 64, FL_TILE, MANY);                          \
+    }
+ONE(one_q8, FL_Q8, BYTES)
+ONE(one_q4, FL_Q4, NIBBLES)
+ONE(one_q4m, FL_Q4M, NIBBLES)
+UP_TO_FEW(few_q8, FL_Q8, BYTES, 64)
+UP_TO_FEW(few_q4, FL_Q4, NIBBLES, 64)
+UP_TO_FEW(few_q4m, FL_Q4M, NIBBLES, 64)
+UP_TO_FEW(few_keys, FL_Q8, BYTES, 128)
+EXACTLY_MANY(many_q4, FL_Q4)
+EXACTLY_MANY(many_q4m, FL_Q4M)
 
 static rows view_block(const fl_linear *w, size_t block) {
     size_t at = block * (size_t)w->groups;
     return (rows){.codes = w->codes + at * (w->format == FL_Q8 ? 512 : 256),
                   .scales = w->scales + at * FL_BLOCK_ROWS,
                   .mins = w->format == FL_Q4M ? w->mins + at * FL_BLOCK_ROWS : NULL,
-                  .pitch = 64,
                   .groups = (size_t)w->groups,
                   .last_steps = 8};
+}
+
+static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, const fl_act *act) {
+    static rows16_function *const one[] = {one_q8, one_q4, one_q4m};
+    const tokens x = {act->codes, act->scale, act->sum};
+    for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
+        const rows block = view_block(w, b);
+        one[w->format](y, 0, &block, &x, 1);
+    }
 }
 
 /* Nibbles to bytes, halves to floats: worth it when several tiles of tokens follow. */
@@ -303,7 +329,7 @@ static rows unpack(const rows *w, void *panel) {
     uint8_t *codes = panel;
     float *scales = (float *)(void *)(codes + w->groups * 512);
     float *mins = scales + w->groups * FL_BLOCK_ROWS;
-    for (size_t i = 0; i < w->groups * 8; i++) { /* 64 codes: steps k4 and k4 + 1 of 8 rows */
+    for (size_t i = 0; i < w->groups * 8; i++) { /* steps k4 and k4 + 1 of 8 rows */
         __m256i v = load_bytes(w->codes + 32 * i);
         uint8_t *to = codes + i / 2 * 128 + i % 2 * 32;
         _mm256_storeu_si256((void *)to, _mm256_and_si256(v, mask));
@@ -321,47 +347,43 @@ static rows unpack(const rows *w, void *panel) {
     return unpacked;
 }
 
-static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, const fl_act *act) {
-    const tokens x = {act->codes, act->scale, act->sum, 1};
-    for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
-        const rows block = view_block(w, b);
-        if (w->format == FL_Q8) {
-            rows16(y, 0, &block, &x, FL_Q8, BYTES, 1);
-        } else if (w->format == FL_Q4) {
-            rows16(y, 0, &block, &x, FL_Q4, NIBBLES, 1);
-        } else {
-            rows16(y, 0, &block, &x, FL_Q4M, NIBBLES, 1);
-        }
-    }
+/* The token at lane `part` of the tile that starts at token t. */
+INLINE tokens view_tokens(const fl_act *act, int32_t t, int32_t part) {
+    size_t at = (size_t)t * (size_t)act->groups;
+    return (tokens){act->codes + at * 8 + part, act->scale + at + part, act->sum + at + part};
 }
 
-/* All tokens by one block of rows. */
-static void multiply_block(float *y, size_t stride, const rows *w, const fl_act *act,
-                           rows16_function *multiply) {
-    size_t groups = (size_t)act->groups;
-    for (int32_t t = 0; t < act->n; t += FL_TILE, y += FL_TILE * stride) {
-        size_t at = (size_t)t * groups;
-        for (int32_t part = 0; part < FL_TILE; part += TOKENS) {
-            float *to = y + (size_t)part * stride;
-            size_t lane = at + (size_t)part;
-            const tokens x = {act->codes + at * 8 + part, act->scale + lane, act->sum + lane,
-                              FL_TILE};
-            int32_t left = act->n - t - part, n = left < 0 ? 0 : left < TOKENS ? left : TOKENS;
-            if (n > 0) multiply(to, stride, w, &x, n);
-            for (; n < TOKENS; n++) memset(to + (size_t)n * stride, 0, FL_BLOCK_ROWS * sizeof *y);
+/* Tokens from `t` on, FEW at a time. */
+static void multiply_few(float *y, size_t stride, const rows *w, const fl_act *act, int32_t t,
+                         rows16_function *few) {
+    for (; t < act->n; t += FL_TILE) {
+        for (int32_t part = 0; part < FL_TILE; part += FEW) {
+            const tokens x = view_tokens(act, t, part);
+            int32_t left = act->n - t - part, n = left < 0 ? 0 : left < FEW ? left : FEW;
+            float *to = y + (size_t)(t + part) * stride;
+            if (n > 0) few(to, stride, w, &x, n);
+            for (; n < FEW; n++) memset(to + (size_t)n * stride, 0, FL_BLOCK_ROWS * sizeof *y);
         }
     }
 }
 
 static void gemm(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
                  const fl_act *act, void *panel) {
-    static rows16_function *const packed[] = {rows16_q8, rows16_q4, rows16_q4m};
-    static rows16_function *const unpacked[] = {rows16_q8, rows16_q4_panel, rows16_q4m_panel};
-    int few = w->format == FL_Q8 || act->n <= 2 * FL_TILE;
+    static rows16_function *const few[] = {few_q8, few_q4, few_q4m};
+    static rows16_function *const many[] = {NULL, many_q4, many_q4m};
+    int32_t whole = w->format != FL_Q8 && act->n > 2 * FL_TILE ? act->n / FL_TILE * FL_TILE : 0;
     for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
-        rows block = view_block(w, b);
-        if (!few) block = unpack(&block, panel);
-        multiply_block(y, stride, &block, act, (few ? packed : unpacked)[w->format]);
+        const rows packed = view_block(w, b);
+        if (whole) {
+            const rows unpacked = unpack(&packed, panel);
+            for (int32_t t = 0; t < whole; t += FL_TILE) {
+                for (int32_t part = 0; part < FL_TILE; part += MANY) {
+                    const tokens x = view_tokens(act, t, part);
+                    many[w->format](y + (size_t)(t + part) * stride, stride, &unpacked, &x, MANY);
+                }
+            }
+        }
+        multiply_few(y, stride, &packed, act, whole, few[w->format]);
     }
 }
 
@@ -426,14 +448,14 @@ typedef struct {
 
 static attention lay_out(void *scratch, int32_t n, int32_t head_dim) {
     attention a = {.n = n, .head_dim = head_dim, .groups = (head_dim + 31) / 32};
-    size_t queries = n == 1 ? 1 : (size_t)(n + FL_TILE - 1) / FL_TILE * FL_TILE;
+    size_t queries = (size_t)(n + FL_TILE - 1) / FL_TILE * FL_TILE;
     size_t groups = (size_t)a.groups;
     char *next = scratch;
     a.dim = groups * 32;
 #define TAKE(pointer, count)                                                                    \
     ((pointer) = (void *)next, next += (((size_t)(count) * 4 + FL_ALIGN - 1) & ~(size_t)63))
     a.q.n = n;
-    a.q.width = n == 1 ? 1 : FL_TILE;
+    a.q.width = FL_TILE;
     a.q.groups = a.groups;
     TAKE(a.q.codes, queries * groups * 8);
     TAKE(a.q.scale, queries * groups);
@@ -451,18 +473,14 @@ static attention lay_out(void *scratch, int32_t n, int32_t head_dim) {
 
 /* p[i][t] = q_i . k_t: a page's keys are a matrix of 32 rows. */
 static void score_page(const attention *a, const page_view *page) {
-    rows k = {.pitch = 128, .groups = (size_t)a->groups};
+    rows k = {.groups = (size_t)a->groups};
     k.last_steps = (size_t)(a->head_dim - (a->groups - 1) * FL_GROUP) / 4;
-    size_t width = (size_t)a->q.width;
-    for (int32_t i = 0; i < a->n; i += TOKENS) {
-        size_t tile = (size_t)i / width, lane = (size_t)i % width;
-        size_t at = tile * k.groups * width + lane;
-        const tokens q = {a->q.codes + tile * k.groups * 8 * width + lane, a->q.scale + at,
-                          a->q.sum + at, width};
+    for (int32_t i = 0; i < a->n; i += FEW) {
+        const tokens q = view_tokens(&a->q, i / FL_TILE * FL_TILE, i % FL_TILE);
         for (size_t half = 0; half < 2; half++) {
             k.codes = page->k + half * 64;
             k.scales = page->k_scales + half * 16;
-            rows16_q8(a->p + i * 32 + half * 16, 32, &k, &q, a->n - i);
+            few_keys(a->p + i * 32 + half * 16, 32, &k, &q, a->n - i);
         }
     }
 }
@@ -513,7 +531,7 @@ INLINE __m256 widen(const uint8_t *v) {
  * next token or the scales that follow the values; those sums are never used. */
 INLINE void add_values(float *acc, size_t dim, const float *factor, const float *scaled,
                        const void *v, size_t pitch, span seen, int bytes, int n) {
-    __m256 sum[TOKENS][4];
+    __m256 sum[FEW][4];
     UNROLL for (int i = 0; i < n; i++) {
         __m256 f = _mm256_set1_ps(factor[i]);
         UNROLL for (int j = 0; j < 4; j++) {
@@ -540,7 +558,7 @@ INLINE void add_values(float *acc, size_t dim, const float *factor, const float 
 
 /* acc = acc * factor + p V over the tokens that any query sees, a group of channels at a time. */
 static void combine_page(const attention *a, const page_view *page, span seen) {
-    int buffered = a->n > TOKENS; /* then floats are worth a store */
+    int buffered = a->n > FEW; /* then floats are worth a store */
     size_t pitch = (size_t)a->head_dim;
     for (int32_t g = 0; g < a->groups; g++) {
         const uint8_t *v = page->v + g * FL_GROUP;
@@ -557,7 +575,7 @@ static void combine_page(const attention *a, const page_view *page, span seen) {
                 _mm256_storeu_ps(a->values + t * 32 + 8 * j, x);
             }
         }
-        for (int32_t i = 0; i < a->n; i += TOKENS) {
+        for (int32_t i = 0; i < a->n; i += FEW) {
             float *acc = a->acc + (size_t)i * a->dim + g * FL_GROUP;
             const float *factor = a->factor + i, *scaled = a->scaled + i * 32;
             int32_t n = a->n - i;

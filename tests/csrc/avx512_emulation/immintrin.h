@@ -14,6 +14,10 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Calls, not copies: the kernels have some 30 unrolled variants, and with every intrinsic inlined
+ * and instrumented a sanitizer build takes minutes. */
+#define FL_EMU static __attribute__((noinline, unused))
+
 typedef struct {
     __m256 half[2];
 } fl_emu_f;
@@ -27,20 +31,20 @@ typedef struct {
 /* ---- on each half ---- */
 
 #define EMULATE_UNARY(name, to, from, half_name) \
-    static inline to emulate_##name(from a) { \
+    FL_EMU to emulate_##name(from a) { \
         return (to){{half_name(a.half[0]), half_name(a.half[1])}}; \
     }
 #define EMULATE_BINARY(name, type, half_name) \
-    static inline type emulate_##name(type a, type b) { \
+    FL_EMU type emulate_##name(type a, type b) { \
         return (type){{half_name(a.half[0], b.half[0]), half_name(a.half[1], b.half[1])}}; \
     }
 #define EMULATE_SHIFT(name, half_name) \
-    static inline __m512i emulate_##name(__m512i a, unsigned count) { \
+    FL_EMU __m512i emulate_##name(__m512i a, unsigned count) { \
         __m128i n = _mm_cvtsi32_si128((int)count); \
         return (__m512i){{half_name(a.half[0], n), half_name(a.half[1], n)}}; \
     }
 #define EMULATE_SET1(name, to, from, half_name) \
-    static inline to emulate_##name(from a) { return (to){{half_name(a), half_name(a)}}; }
+    FL_EMU to emulate_##name(from a) { return (to){{half_name(a), half_name(a)}}; }
 
 EMULATE_BINARY(add_ps, __m512, _mm256_add_ps)
 EMULATE_BINARY(sub_ps, __m512, _mm256_sub_ps)
@@ -61,41 +65,41 @@ EMULATE_UNARY(cvtepi32_ps, __m512, __m512i, _mm256_cvtepi32_ps)
 EMULATE_UNARY(cvtps_epi32, __m512i, __m512, _mm256_cvtps_epi32)
 EMULATE_UNARY(castsi512_ps, __m512, __m512i, _mm256_castsi256_ps)
 
-static inline __m512 emulate_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+FL_EMU __m512 emulate_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     return (__m512){{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]),
                      _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
 }
 
-static inline __m512 emulate_cvtph_ps(__m256i a) {
+FL_EMU __m512 emulate_cvtph_ps(__m256i a) {
     return (__m512){{_mm256_cvtph_ps(_mm256_castsi256_si128(a)),
                      _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}};
 }
 
-static inline __m512i emulate_cvtepi8_epi32(__m128i a) {
+FL_EMU __m512i emulate_cvtepi8_epi32(__m128i a) {
     return (__m512i){{_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))}};
 }
 
-static inline __m512 emulate_setzero_ps(void) { return emulate_set1_ps(0.0f); }
-static inline __m512i emulate_setzero_si512(void) { return emulate_set1_epi32(0); }
-static inline float emulate_cvtss_f32(__m512 a) { return _mm256_cvtss_f32(a.half[0]); }
+FL_EMU __m512 emulate_setzero_ps(void) { return emulate_set1_ps(0.0f); }
+FL_EMU __m512i emulate_setzero_si512(void) { return emulate_set1_epi32(0); }
+FL_EMU float emulate_cvtss_f32(__m512 a) { return _mm256_cvtss_f32(a.half[0]); }
 
 /* ---- lane by lane ---- */
 
-static inline __m512 emulate_loadu_ps(const void *from) {
+FL_EMU __m512 emulate_loadu_ps(const void *from) {
     __m512 a;
     memcpy(&a, from, sizeof a);
     return a;
 }
 
-static inline __m512i emulate_loadu_si512(const void *from) {
+FL_EMU __m512i emulate_loadu_si512(const void *from) {
     __m512i a;
     memcpy(&a, from, sizeof a);
     return a;
 }
 
-static inline void emulate_storeu_ps(void *to, __m512 a) { memcpy(to, &a, sizeof a); }
+FL_EMU void emulate_storeu_ps(void *to, __m512 a) { memcpy(to, &a, sizeof a); }
 
-static inline __m512 emulate_mask_mov_ps(__m512 other, __mmask16 mask, __m512 a) {
+FL_EMU __m512 emulate_mask_mov_ps(__m512 other, __mmask16 mask, __m512 a) {
     float lanes[16], others[16];
     memcpy(lanes, &a, sizeof a);
     memcpy(others, &other, sizeof other);
@@ -103,15 +107,15 @@ static inline __m512 emulate_mask_mov_ps(__m512 other, __mmask16 mask, __m512 a)
     return emulate_loadu_ps(lanes);
 }
 
-static inline __m512 emulate_maskz_mov_ps(__mmask16 mask, __m512 a) {
+FL_EMU __m512 emulate_maskz_mov_ps(__mmask16 mask, __m512 a) {
     return emulate_mask_mov_ps(emulate_setzero_ps(), mask, a);
 }
 
-static inline __m512 emulate_mask_max_ps(__m512 other, __mmask16 mask, __m512 a, __m512 b) {
+FL_EMU __m512 emulate_mask_max_ps(__m512 other, __mmask16 mask, __m512 a, __m512 b) {
     return emulate_mask_mov_ps(other, mask, emulate_max_ps(a, b));
 }
 
-static inline __m512 emulate_maskz_loadu_ps(__mmask16 mask, const float *from) {
+FL_EMU __m512 emulate_maskz_loadu_ps(__mmask16 mask, const float *from) {
     float lanes[16] = {0};
     for (int i = 0; i < 16; i++) {
         if (mask >> i & 1) lanes[i] = from[i];
@@ -119,7 +123,7 @@ static inline __m512 emulate_maskz_loadu_ps(__mmask16 mask, const float *from) {
     return emulate_loadu_ps(lanes);
 }
 
-static inline void emulate_mask_storeu_ps(float *to, __mmask16 mask, __m512 a) {
+FL_EMU void emulate_mask_storeu_ps(float *to, __mmask16 mask, __m512 a) {
     float lanes[16];
     memcpy(lanes, &a, sizeof a);
     for (int i = 0; i < 16; i++) {
@@ -127,13 +131,13 @@ static inline void emulate_mask_storeu_ps(float *to, __mmask16 mask, __m512 a) {
     }
 }
 
-static inline __m512 emulate_abs_ps(__m512 a) {
+FL_EMU __m512 emulate_abs_ps(__m512 a) {
     __m256 sign = _mm256_set1_ps(-0.0f);
     return (__m512){{_mm256_andnot_ps(sign, a.half[0]), _mm256_andnot_ps(sign, a.half[1])}};
 }
 
 /* Inside each 128 bits: lane i takes the lane that bits 2i, 2i + 1 of `order` name. */
-static inline __m512 emulate_permute_ps(__m512 a, int order) {
+FL_EMU __m512 emulate_permute_ps(__m512 a, int order) {
     float from[16], to[16];
     memcpy(from, &a, sizeof a);
     for (int i = 0; i < 16; i++) to[i] = from[i / 4 * 4 + (order >> i % 4 * 2 & 3)];
@@ -141,7 +145,7 @@ static inline __m512 emulate_permute_ps(__m512 a, int order) {
 }
 
 /* Whole 128-bit lanes: two of a, then two of b. */
-static inline __m512 emulate_shuffle_f32x4(__m512 a, __m512 b, int order) {
+FL_EMU __m512 emulate_shuffle_f32x4(__m512 a, __m512 b, int order) {
     float from[2][16], to[16];
     memcpy(from[0], &a, sizeof a);
     memcpy(from[1], &b, sizeof b);
@@ -152,14 +156,14 @@ static inline __m512 emulate_shuffle_f32x4(__m512 a, __m512 b, int order) {
 }
 
 /* Only the predicate that the kernels use: not less than, true for NaN. */
-static inline __mmask16 emulate_nlt_ps_mask(__m512 a, __m512 b) {
+FL_EMU __mmask16 emulate_nlt_ps_mask(__m512 a, __m512 b) {
     int low = _mm256_movemask_ps(_mm256_cmp_ps(a.half[0], b.half[0], _CMP_NLT_UQ));
     int high = _mm256_movemask_ps(_mm256_cmp_ps(a.half[1], b.half[1], _CMP_NLT_UQ));
     return (__mmask16)(low | high << 8);
 }
 
 /* Fours of unsigned bytes of a times signed bytes of b, added to the dwords of `sum`. */
-static inline __m512i emulate_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+FL_EMU __m512i emulate_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
     int32_t sums[16];
     uint8_t left[64];
     int8_t right[64];
@@ -173,7 +177,7 @@ static inline __m512i emulate_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
 }
 
 /* Dwords to bytes, saturated. */
-static inline __m128i emulate_cvtsepi32_epi8(__m512i a) {
+FL_EMU __m128i emulate_cvtsepi32_epi8(__m512i a) {
     int32_t from[16];
     int8_t to[16];
     memcpy(from, &a, sizeof a);
