@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 MODEL := smollm2-135m-instruct
 PINS := pyproject.toml constraints.txt
 
@@ -52,8 +52,8 @@ format: .venv/.dev ## rewrite the sources the way `lint` wants them
 bench: .venv/.run $(COMPILER) ## speed and memory, against llama.cpp and OpenVINO in the same run
 	@$(BIN)/flashlite bench $(MODEL) --peers llama.cpp,openvino
 
-fixtures: .venv/.dev ## write the small generated test files anew
-	@$(BIN)/python -m pytest -q --update-golden
+fixtures: .venv/.oracle ## write the small generated test files anew
+	@set -e; for script in benchmarks/fixtures/make_*.py; do $(BIN)/python $$script; done
 
 constraints: .venv/.dev ## resolve every pin anew
 	@$(BIN)/python -m pip install --quiet uv
