@@ -5,8 +5,9 @@
     q8       INT8 throughout
     q4       INT4 throughout: q4m, or q4 where the source is Q4_0 and so loses nothing
 
-`q4` groups have a minimum, 5 bits a weight instead of 4.5: on Gemma-3-270M the searched symmetric
-grid costs 0.34 nats of KL divergence, the one with a minimum 0.22.
+Preset `q4` takes the format with a minimum, 5 bits a weight instead of 4.5, because it halves the
+loss: Gemma-3-270M, 384 tokens of wikitext-2 valid, KL divergence from the source 0.21 nats against
+0.41 for `q4` (top-1 agreement 80 % against 63 %), both with searched scales; `q8` 0.0003 (99.5 %).
 
 A tied model has one matrix for two uses. Where look-up table and head share a packed format it is
 stored once, as `embed`; under `hybrid` it is stored twice, `embed` in half precision for the
