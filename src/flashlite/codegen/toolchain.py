@@ -1,16 +1,18 @@
 """Find a C compiler, and build a library in a cache that survives concurrency and interruption.
 
-    sources = model.c + csrc  ->  key = digest(sources, compiler, flags)  ->  builds/KEY/
-        there and its digest holds: use it
+    csrc      ->  key = digest(sources, compiler, flags)   ->  builds/kernels-KEY/*.o     once
+    model.c   ->  key = digest(model.c, the key above)     ->  builds/model-KEY/model.so  per model
+        there and its digests hold: use it
         else: build in a fresh folder beside it -> record keyed digests -> rename
 
-The folder is private to the user (0700) and every library is checked against a keyed digest
-before it is loaded, since loading runs its code.
+The folder is private to the user (0700) and what it holds is checked against keyed digests before
+it is linked or loaded, since loading runs its code.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,7 @@ _FLAGS = (
     "-Werror",
     "-g0",
 )
+_DIGESTS = "digests.json"
 _BUILD_SECONDS = 300
 _STALE_SECONDS = 24 * 3600
 
@@ -91,63 +94,94 @@ def build_library(model_c: str, target: Target) -> Path:
         Path of the library in the user's cache, its bytes checked.
 
     Raises:
-        CompileError: no compiler, or it failed (its first message is kept, the log named).
+        CompileError: no compiler, or it failed (its first message is kept).
         IntegrityError: the cache was written by somebody else.
     """
     compiler = find_compiler(target)
-    sources = _sources(model_c, target)
-    key = _key(sources, compiler, target)
-    root = _private(paths.cache_dir() / "builds")
-    folder = root / f"{target.label}-{key[:32]}"
-    library = folder / target.library_name
-    if _is_intact(library):
-        return library
-    with _fresh_folder(root) as fresh:
-        for name, text in sources.items():
-            (fresh / name).write_text(text, encoding="utf-8")
-        _compile(fresh, sources, compiler, target)
-        _record(fresh / target.library_name)
-        _publish(fresh, folder, library)
-    return library
+    sources = _hand_written(target)
+    setting = (*compiler.command, compiler.version, target.label, *_FLAGS, *target.kernel_flags)
+    kernels_key = _key([*setting, *(part for item in sources.items() for part in item)])
+    folder = _build(
+        f"model-{target.label}-{_key([kernels_key, model_c])}",
+        lambda fresh: _compile_model(fresh, model_c, kernels_key, sources, compiler, target),
+    )
+    return folder / target.library_name
 
 
-def _sources(model_c: str, target: Target) -> dict[str, str]:
-    """Every file the library is made of; their text decides the key."""
-    # The plain kernels are always there: other tables borrow what they do not speed up.
-    kernels = dict.fromkeys(("fl_kernels_plain.c", f"fl_kernels_{target.isa}.c"))
-    names = (*_COMMON, *kernels, *sorted(path.name for path in CSRC.glob("*.h")))
-    return {"model.c": model_c} | {n: (CSRC / n).read_text(encoding="utf-8") for n in names}
+def _compile_model(
+    fresh: Path,
+    model_c: str,
+    kernels_key: str,
+    sources: dict[str, str],
+    compiler: Compiler,
+    target: Target,
+) -> None:
+    kernels = _build(
+        f"kernels-{target.label}-{kernels_key}",
+        lambda folder: _compile_kernels(folder, sources, compiler, target),
+    )
+    (fresh / "model.c").write_text(model_c, encoding="utf-8")
+    command = (*compiler.command, *_cross(target))
+    include = f"-I{kernels}"
+    _run((*command, *_FLAGS, *_pic(target), include, "-c", "model.c", "-o", "model.o"), fresh)
+    objects = sorted(str(path) for path in kernels.glob("*.o"))
+    threads = () if target.system == "macos" else ("-lpthread",)
+    link = ("-shared", *_pic(target), "-o", target.library_name, "model.o", *objects)
+    _run((*command, *link, *threads), fresh)
+    (fresh / "model.o").unlink()
 
 
-def _key(sources: dict[str, str], compiler: Compiler, target: Target) -> str:
-    digest = blake3()
-    for part in (*compiler.command, compiler.version, target.label, *_FLAGS, *target.kernel_flags):
-        digest.update(part.encode() + b"\0")
+def _compile_kernels(
+    fresh: Path, sources: dict[str, str], compiler: Compiler, target: Target
+) -> None:
+    """One object per file, each with its own instruction set, as many at a time as cores."""
     for name, text in sources.items():
-        digest.update(name.encode() + b"\0" + text.encode() + b"\0")
-    return digest.hexdigest()
-
-
-def _compile(folder: Path, sources: dict[str, str], compiler: Compiler, target: Target) -> None:
-    """One object per file (each with its own instruction set), two at a time, then link."""
-    cross = ("-target", target.triple) if target.triple else ()
-    fpic = () if target.system == "windows" else ("-fPIC",)
-    units = [name for name in sources if name.endswith(".c")]
+        (fresh / name).write_text(text, encoding="utf-8")
 
     def compile_unit(name: str) -> None:
         isa = target.kernel_flags if name == f"fl_kernels_{target.isa}.c" else ()
-        command = (*compiler.command, *cross, *_FLAGS, *fpic, *isa, "-c", name)
-        _run((*command, "-o", f"{name}.o"), folder)
+        command = (*compiler.command, *_cross(target), *_FLAGS, *_pic(target), *isa, "-c", name)
+        _run((*command, "-o", name.removesuffix(".c") + ".o"), fresh)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for _ in pool.map(compile_unit, units):
+        for _ in pool.map(compile_unit, [name for name in sources if name.endswith(".c")]):
             pass
-    objects = [f"{name}.o" for name in units]
-    link = ("-shared", *fpic, "-o", target.library_name, *objects)
-    threads = () if target.system == "macos" else ("-lpthread",)
-    _run((*compiler.command, *cross, *link, *threads), folder)
-    for name in objects:
-        (folder / name).unlink()
+
+
+def _hand_written(target: Target) -> dict[str, str]:
+    """The C files and headers that every model of this target shares, by name."""
+    # The plain kernels are always there: other tables borrow what they do not speed up.
+    kernels = dict.fromkeys(("fl_kernels_plain.c", f"fl_kernels_{target.isa}.c"))
+    names = (*_COMMON, *kernels, *sorted(path.name for path in CSRC.glob("*.h")))
+    return {name: (CSRC / name).read_text(encoding="utf-8") for name in names}
+
+
+def _cross(target: Target) -> tuple[str, ...]:
+    return ("-target", target.triple) if target.triple else ()
+
+
+def _pic(target: Target) -> tuple[str, ...]:
+    return () if target.system == "windows" else ("-fPIC",)
+
+
+def _key(parts: Sequence[str]) -> str:
+    digest = blake3()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part.encode())
+    return digest.hexdigest()[:32]
+
+
+def _build(name: str, fill: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache, filled now if it is not there or not as it was built."""
+    root = _private(paths.cache_dir() / "builds")
+    folder = root / name
+    if _is_intact(folder):
+        return folder
+    with _fresh_folder(root) as fresh:
+        fill(fresh)
+        _record(fresh)
+        _publish(fresh, folder)
+    return folder
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
@@ -196,12 +230,12 @@ def _fresh_folder(root: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _publish(fresh: Path, folder: Path, library: Path) -> None:
+def _publish(fresh: Path, folder: Path) -> None:
     """Rename into place; a concurrent build of the same key may have been first."""
     try:
         fresh.rename(folder)
     except OSError:
-        if _is_intact(library):
+        if _is_intact(folder):
             return
         broken = fresh.parent / f"{fresh.name}-replaced"
         with contextlib.suppress(FileNotFoundError):
@@ -210,29 +244,35 @@ def _publish(fresh: Path, folder: Path, library: Path) -> None:
         shutil.rmtree(broken, ignore_errors=True)
 
 
-def _record(library: Path) -> None:
-    digest = _keyed_digest(library)
-    (library.parent / "build.json").write_text(
-        json.dumps({"library": library.name, "keyed_blake3": digest}), encoding="utf-8"
-    )
+def _record(folder: Path) -> None:
+    digests = {path.name: _keyed_digest(path) for path in sorted(folder.iterdir())}
+    (folder / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
 
 
-def _is_intact(library: Path) -> bool:
-    """Whether the library is there, ours, and what was built."""
+def _is_intact(folder: Path) -> bool:
+    """Whether the folder is there, ours, and holds what was built.
+
+    Raises:
+        IntegrityError: it belongs to another user.
+    """
     try:
-        owner = library.parent.stat().st_uid
-        recorded = json.loads((library.parent / "build.json").read_text(encoding="utf-8"))
+        owner = folder.stat().st_uid
+        recorded = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
         if hasattr(os, "getuid") and owner != os.getuid():
-            raise IntegrityError(f"{library.parent} belongs to user {owner}; remove it")
-        return bool(secrets.compare_digest(recorded["keyed_blake3"], _keyed_digest(library)))
-    except (OSError, ValueError, KeyError, TypeError):
+            raise IntegrityError(f"{folder} belongs to user {owner}; remove it")
+        return bool(recorded) and all(
+            secrets.compare_digest(str(digest), _keyed_digest(folder / name))
+            for name, digest in recorded.items()
+        )
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 
-def _keyed_digest(library: Path) -> str:
-    return blake3(library.read_bytes(), key=_installation_key()).hexdigest()
+def _keyed_digest(path: Path) -> str:
+    return blake3(path.read_bytes(), key=_installation_key()).hexdigest()
 
 
+@functools.cache
 def _installation_key() -> bytes:
     """32 secret bytes of this installation, made at first use, readable by the user alone."""
     path = _private(paths.data_dir()) / "installation.key"
@@ -248,7 +288,7 @@ def _installation_key() -> bytes:
     except FileExistsError:
         pass
     finally:
-        os.unlink(temporary)
+        Path(temporary).unlink()
     return path.read_bytes()
 
 
@@ -259,7 +299,7 @@ def _private(folder: Path) -> Path:
             folder.chmod(0o700)
     except OSError as error:
         raise CompileError(
-            f"{folder}: {error.strerror}; set FLASHLITE_CACHE and FLASHLITE_HOME to folders of yours"
+            f"{folder}: {error.strerror}; set FLASHLITE_CACHE and FLASHLITE_HOME elsewhere"
         ) from None
     return folder
 

@@ -16,9 +16,9 @@ from flashlite import paths
 from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import open_artifact
 from flashlite.artifact.write import quantize
+from flashlite.checkpoint.convert_tokenizer import build_tokenizer_checked
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.pull import Pulled, pull
-from flashlite.checkpoint.tokenizer import build_tokenizer_checked
 from flashlite.codegen.emit import emit_model
 from flashlite.codegen.target import Target, host_target
 from flashlite.codegen.toolchain import build_library

@@ -1,0 +1,54 @@
+"""Small models for the tests of the engine, and the oracle of exactly their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashlite.artifact.format import Artifact
+from flashlite.artifact.read import load_weights, tensor
+from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
+from flashlite.codegen.target import host_target
+from flashlite.model.reference import Reference
+from flashlite.runtime.engine import Engine, Sequence, Work
+from flashlite.runtime.library import MAX_BATCH, load_library
+from flashlite.runtime.prepare import compile_artifact
+
+FAMILIES = sorted(p.name for p in (Path(__file__).parent.parent / "fixtures/families").iterdir())
+NO_TEXT = TokenizerFiles("{}", None, SpecialTokens(None, (), False, ()))
+
+
+@dataclass(frozen=True)
+class Small:
+    """One artifact, its weights in memory, and its oracle."""
+
+    artifact: Artifact
+    weights: NDArray[np.uint8]
+
+    def reference(self) -> Reference:
+        """The oracle; a tied model whose head is stored apart is untied to it."""
+        tied = "head" not in self.artifact.plan.formats
+        spec = replace(self.artifact.spec, tied_head=tied)
+        return Reference(spec, lambda name: tensor(self.artifact, self.weights, name))
+
+    def open(self, isa: str, **settings: int) -> Engine:
+        library = load_library(compile_artifact(self.artifact, host_target(isa)))
+        return Engine(library, self.weights, **{"max_tokens": 512, "threads": 2} | settings)
+
+    def ids(self, n: int, seed: int = 0) -> NDArray[np.int32]:
+        rng = np.random.default_rng(seed)
+        return rng.integers(0, self.artifact.spec.vocab_size, n).astype(np.int32)
+
+
+def all_logits(
+    engine: Engine, sequence: Sequence, ids: NDArray[np.int32], chunk: int = MAX_BATCH
+) -> NDArray[np.float32]:
+    """Logits after every token, (n, vocab)."""
+    parts = [
+        engine.step([Work(sequence, ids[i : i + chunk], "all")]).copy()
+        for i in range(0, len(ids), chunk)
+    ]
+    return np.concatenate(parts)
