@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -276,6 +278,16 @@ def test_a_file_that_became_shorter_is_refused(tmp_path: Path, size: int) -> Non
     file = tmp_path / "data"
     file.write_bytes(bytes(size))
     with pytest.raises(CheckpointError, match=f"become shorter.*found {size} bytes"):
+        blocks.read_bytes(TensorInfo("w", (16,), "F32", file, 100, 64))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "data"
+    file.write_bytes(bytes(120))
+    monkeypatch.setattr(os, "fstat", lambda _: SimpleNamespace(st_size=164))
+    with pytest.raises(CheckpointError, match="become shorter.*found 120 bytes"):
         blocks.read_bytes(TensorInfo("w", (16,), "F32", file, 100, 64))
 
 

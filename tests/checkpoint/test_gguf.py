@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,6 +258,14 @@ FAULTS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: gguf_bytes({"general.architecture": "ll\nama"}, {})[0],
         "does not name an architecture",
     ),
+    "an empty architecture": (
+        lambda: gguf_bytes({"general.architecture": ""}, {})[0],
+        "does not name an architecture",
+    ),
+    "a long architecture": (
+        lambda: gguf_bytes({"general.architecture": "x" * 65}, {})[0],
+        "does not name an architecture.*1 to 64 printable",
+    ),
     "alignment 0": (lambda: with_key("general.alignment", 0), "cannot be used, found 0, allowed"),
     "alignment 24": (lambda: with_key("general.alignment", 24), "a power of two, 8 to 65536"),
     "alignment 2^31": (lambda: with_key("general.alignment", 1 << 31), "found 2147483648"),
@@ -270,6 +279,9 @@ FAULTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a tensor without a name": (lambda: with_names(""), "a tensor has a name of the wrong length"),
     "a name that is a path": (lambda: with_names("../../etc/passwd"), "with a space, a path"),
     "a name with a separator": (lambda: with_names("a/b"), "with a space, a path"),
+    "a name with a backslash": (lambda: with_names("a\\b"), "with a space, a path"),
+    "a name that climbs": (lambda: with_names("a..b"), "with a space, a path"),
+    "a name with a space": (lambda: with_names("a b"), "with a space, a path"),
     "a name with a line break": (lambda: with_names("w\nint x;"), r"unprintable.*w\\nint x;"),
     "a name that turns text around": (lambda: with_names("w\u202e"), r"unprintable.*u202e"),
     "no dimensions": (
@@ -374,6 +386,16 @@ def test_a_header_read_in_small_pieces_is_the_same(
     pieces = read_gguf(tiny_gguf)
     assert pieces.tensors == whole.tensors
     assert pieces.metadata["tokenizer.ggml.tokens"] == whole.metadata["tokenizer.ggml.tokens"]
+
+
+def test_a_file_that_shrinks_while_its_header_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, _, data = gguf_bytes(METADATA, TENSORS)
+    path = file_of(raw[: data // 2], tmp_path)
+    monkeypatch.setattr(os, "fstat", lambda _: SimpleNamespace(st_size=len(raw)))
+    with pytest.raises(CheckpointError, match="the file has become shorter"):
+        read_gguf(path)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -249,6 +251,10 @@ HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: raw_file({"__metadata__": {"a": 1}}, b""),
         "__metadata__ is no object of strings",
     ),
+    "metadata that is no object": (
+        lambda: raw_file({"__metadata__": 5}, b""),
+        "__metadata__ is no object of strings",
+    ),
     "a path for a name": (
         lambda: raw_file({"../../etc/passwd": entry(0, 8, 2)}, bytes(8)),
         "with a space, a path",
@@ -310,6 +316,18 @@ HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "wrong data_offsets",
     ),
+    "an offset too many": (
+        lambda: raw_file({"a": entry(0, 8, 2) | {"data_offsets": [0, 8, 8]}}, bytes(8)),
+        "wrong data_offsets",
+    ),
+    "offsets that are true": (
+        lambda: raw_file({"a": entry(0, 1, 1, dtype="U8") | {"data_offsets": [0, True]}}, b"x"),
+        "wrong data_offsets",
+    ),
+    "offsets that are no list": (
+        lambda: raw_file({"a": entry(0, 8, 2) | {"data_offsets": None}}, bytes(8)),
+        "wrong data_offsets",
+    ),
     "an overlap": (
         lambda: raw_file({"a": entry(0, 8, 2), "b": entry(4, 12, 2)}, bytes(12)),
         "'b' overlaps another tensor",
@@ -343,7 +361,7 @@ def test_the_sample_of_the_faults_is_itself_right(tmp_path: Path) -> None:
     assert read_safetensors(tmp_path).tensors.keys() == {"a", "b"}
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "Q4_0", "f32", "", 5, None], ids=str)
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "Q4_0", "f32", "", 5, None, ["F32"]], ids=str)
 def test_an_unknown_number_format_is_named(tmp_path: Path, dtype: object) -> None:
     header = {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 8]}}
     (folder_of(tmp_path) / "model.safetensors").write_bytes(raw_file(header, bytes(8)))
@@ -356,6 +374,32 @@ def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder_of(tmp_path) / "model.safetensors").write_bytes(raw_file(TWO, DATA))
     with pytest.raises(CheckpointError, match="too many tensors, found 2, allowed 1"):
         read_safetensors(tmp_path)
+
+
+def test_an_index_of_too_many_tensors_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors, "MAX_TENSORS", 2)
+    with pytest.raises(CheckpointError, match="weight_map is no object.*found 3, allowed 2 names"):
+        read_safetensors(sharded(tmp_path))
+
+
+def test_a_shard_that_is_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    shard = sharded(tmp_path) / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(CheckpointError, match="00002.safetensors: is not a regular file"):
+        read_safetensors(tmp_path)
+
+
+def test_a_file_that_shrinks_while_its_header_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = raw_file(TWO, DATA)
+    (folder_of(tmp_path) / "model.safetensors").write_bytes(raw[:40])
+    monkeypatch.setattr(os, "fstat", lambda _: SimpleNamespace(st_size=len(raw)))
+    with pytest.raises(CheckpointError, match="has become shorter while it was read"):
+        safetensors._file_tensors(tmp_path / "model.safetensors")
 
 
 def test_json_that_costs_too_much_is_refused(
