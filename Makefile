@@ -26,7 +26,7 @@ help: ## list the targets
 	    awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 run: .venv/.run $(COMPILER) ## install, pull, quantize, compile and ask a question
-	@$(BIN)/flashlite chat $(MODEL) -p "What is the capital of France?"
+	@$(BIN)/flashlite chat $(MODEL) --system "You are a helpful assistant." -p "What is the capital of France?"
 
 test: .venv/.dev $(COMPILER) ## the whole test suite (15 minutes at most)
 	@$(BIN)/flashlite pull $(MODEL)

@@ -20,7 +20,7 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]?I?B?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]?I?B?)", re.IGNORECASE | re.ASCII)
 _FEWEST_TOKENS = 64
 
 
@@ -87,9 +87,8 @@ def plan_tokens(ledger: Ledger, *, context: int, wanted: int | None, ceiling: in
     if ceiling is None:
         return context if wanted is None else wanted
     fitting = max(0, ceiling - ledger.fixed) // ledger.kv_page * ledger.page_tokens
-    tokens = min(context, fitting) if wanted is None else wanted
-    if tokens > fitting or tokens < min(_FEWEST_TOKENS, context):
-        need = max(tokens, min(_FEWEST_TOKENS, context))
+    need = min(_FEWEST_TOKENS, context) if wanted is None else wanted
+    if need > fitting:
         raise MemoryCeiling(
             f"the model needs {format_size(ledger.total(need))} for {need} tokens of context "
             f"(weights {format_size(ledger.weights)}, KV cache "
@@ -98,7 +97,7 @@ def plan_tokens(ledger: Ledger, *, context: int, wanted: int | None, ceiling: in
             f"{format_size(ledger.runtime)}) and max_mem is {format_size(ceiling)}; raise max_mem "
             "or lower max_sequence_length"
         )
-    return tokens
+    return min(context, fitting) if wanted is None else wanted
 
 
 def resident_bytes(field: str = "VmRSS") -> int:

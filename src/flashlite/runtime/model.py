@@ -28,7 +28,7 @@ from flashlite.runtime.prepare import DEFAULT_MODEL, Progress, compile_artifact,
 from flashlite.runtime.sampling import SamplingParams
 from flashlite.runtime.scheduler import FinishReason, Generation, Piece, Scheduler
 
-__all__ = ["Answer", "Message", "Model", "load"]
+__all__ = ["Answer", "Message", "Model", "load", "make_ledger", "open_model", "summarize"]
 
 Message = Mapping[str, str]
 

@@ -19,7 +19,7 @@ from flashlite.runtime.model import Model
 from flashlite.server import openai
 from flashlite.server.worker import Worker
 
-__all__ = ["create_app", "serve"]
+__all__ = ["Guard", "create_app", "health", "serve"]
 
 _MAX_BODY = 1 << 20  # bytes
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})

@@ -8,7 +8,7 @@ import msgspec
 
 from flashlite.runtime.sampling import SamplingParams
 
-__all__ = ["ChatMessage", "ChatRequest", "TextPart"]
+__all__ = ["ChatMessage", "ChatRequest", "StreamOptions", "TextPart"]
 
 _Text = Annotated[str, msgspec.Meta(max_length=1 << 20)]
 
