@@ -32,26 +32,43 @@ class PreTokenizer:
     add_bos: bool = False
 
 
+# Letters, digits and punctuation that came with Unicode 16. The `tokenizers` library knows them;
+# llama.cpp, the reference, does not yet, and takes each for neither a letter nor a digit.
+_NEW = "".join(
+    "-".join(f"\\x{{{code}}}" for code in codes.split("-"))
+    for codes in (
+        *("1B4E-1B4F", "1B7F", "1C89-1C8A", "A7CB-A7CD", "A7DA-A7DC", "105C0-105F3"),
+        *("10D40-10D65", "10D6E-10D85", "10EC2-10EC4", "11380-11389", "1138B", "1138E"),
+        *("11390-113B5", "113B7", "113D1", "113D3-113D5", "113D7-113D8", "116D0-116E3"),
+        *("11BC0-11BE1", "11BF0-11BF9", "13460-143FA", "16100-1611D", "16130-16139"),
+        *("16D40-16D79", "18CFF", "1CCF0-1CCF9", "1E5D0-1E5ED", "1E5F0-1E5FA", "1E5FF"),
+    )
+)
+_L = rf"[\p{{L}}&&[^{_NEW}]]"
+_N = rf"[\p{{N}}&&[^{_NEW}]]"
+_OTHER = rf"[[^\s\p{{L}}\p{{N}}]{_NEW}]"  # neither white space nor letter nor digit
+_PUNCTUATION = rf"[[\p{{P}}$+<=>^~|]&&[^{_NEW}]]+"
+
 _SPACE = r"\s+(?!\S)|\s+"
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|" + _SPACE
+_GPT2_WORDS = rf"'s|'t|'re|'ve|'m|'ll|'d| ?{_L}+| ?{_N}+| ?{_OTHER}+|{_SPACE}"
 _CONTRACTION = "'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"
 
 
 def _modern_words(digits: str) -> str:
     """The split of Llama 3 and its kin, which differ in how many digits stay together."""
     return (
-        rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
-        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{_SPACE}"
+        rf"{_CONTRACTION}|[[^\r\n\p{{L}}\p{{N}}]{_NEW}]?{_L}+|{digits}"
+        rf"| ?{_OTHER}+[\r\n]*|\s*[\r\n]+|{_SPACE}"
     )
 
 
 _GPT2 = PreTokenizer((_GPT2_WORDS,))
-_SINGLE_DIGITS = PreTokenizer((r"\p{N}", _GPT2_WORDS))
-_LLAMA3 = PreTokenizer((_modern_words(r"\p{N}{1,3}"),), whole_words=True, add_bos=True)
-_LLAMA3_MERGED = PreTokenizer((_modern_words(r"\p{N}{1,3}"),))
-_QWEN2 = PreTokenizer((_modern_words(r"\p{N}"),))
-_DEFAULT = PreTokenizer((r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"))
-_FALCON = PreTokenizer((r"[\p{P}$+<=>^~|`]+", _GPT2_WORDS, "[0-9][0-9][0-9]"))
+_SINGLE_DIGITS = PreTokenizer((_N, _GPT2_WORDS))
+_LLAMA3 = PreTokenizer((_modern_words(_N + "{1,3}"),), whole_words=True, add_bos=True)
+_LLAMA3_MERGED = PreTokenizer((_modern_words(_N + "{1,3}"),))
+_QWEN2 = PreTokenizer((_modern_words(_N),))
+_DEFAULT = PreTokenizer((_PUNCTUATION, _GPT2_WORDS, _N + "+", "[0-9][0-9][0-9]"))
+_FALCON = PreTokenizer((_PUNCTUATION.replace("|]", "|`]"), _GPT2_WORDS, "[0-9][0-9][0-9]"))
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "default": _DEFAULT,

@@ -73,7 +73,7 @@ class SpecialTokens:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SpecialTokens:
+    def from_json(cls, data: object) -> SpecialTokens:
         """Read what `to_json` wrote.
 
         Raises:
@@ -165,18 +165,18 @@ class Tokenizer:
             raise TokenizerError(
                 f"vocabulary has {self.vocab_size} tokens, allowed 1 to {MAX_VOCABULARY}"
             )
-        self._added = {
-            id_: token.content for id_, token in self._library.get_added_tokens_decoder().items()
-        }
+        added = self._library.get_added_tokens_decoder()
+        self._added = {id_: token.content for id_, token in added.items()}
         self._control = frozenset(files.tokens.control)
         self._spell = _speller(self._library)
         self._bytes: dict[int, bytes] = {}
-        named = [*files.tokens.control, *files.tokens.eos, *filter(None, [files.tokens.bos])]
-        for id_ in named:
-            if self._library.id_to_token(id_) is None:
+        for id_ in (*files.tokens.control, *files.tokens.eos, files.tokens.bos):
+            if id_ is not None and not self.spelling(id_):
                 raise TokenizerError(f"special token {id_} is not one of {self.vocab_size} tokens")
         self._matcher = _ControlMatcher(
-            {self.spelling(id_): id_ for id_ in files.tokens.control}, self._library
+            {self.spelling(id_): id_ for id_ in files.tokens.control},
+            strip_left={id_ for id_, token in added.items() if token.lstrip},
+            strip_right={id_ for id_, token in added.items() if token.rstrip},
         )
 
     # Text to ids
@@ -360,8 +360,12 @@ class StreamDecoder:
 class _ControlMatcher:
     """Finds control tokens in a rendered chat: the longest that begins at the leftmost place."""
 
-    def __init__(self, ids: Mapping[str, int], library: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self, ids: Mapping[str, int], *, strip_left: set[int], strip_right: set[int]
+    ) -> None:
         self._ids = dict(ids)
+        self._strip_left = strip_left
+        self._strip_right = strip_right
         self._first = re.compile(
             "[" + "".join(map(re.escape, sorted({spelling[0] for spelling in ids}))) + "]"
             if ids
@@ -371,9 +375,6 @@ class _ControlMatcher:
         for spelling in ids:
             lengths.setdefault(spelling[0], set()).add(len(spelling))
         self._lengths = {first: sorted(sizes, reverse=True) for first, sizes in lengths.items()}
-        added = library.get_added_tokens_decoder()
-        self._strip_left = {i for i in ids.values() if i in added and added[i].lstrip}
-        self._strip_right = {i for i in ids.values() if i in added and added[i].rstrip}
 
     def find(self, text: str) -> Iterator[tuple[int, int]]:
         """Where control tokens are spelled: (start, end), in order, apart from each other."""
