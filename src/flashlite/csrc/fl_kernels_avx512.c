@@ -185,8 +185,7 @@ INLINE void prefetch_group(fl_format format, const cursor *at, size_t groups) {
 /* Columns 4 k4 .. 4 k4 + 3 of the 16 rows, unsigned: code + 128 for q8, the nibble for q4, q4m. */
 INLINE __m512i columns(fl_format format, const uint8_t *codes, size_t k4) {
     if (format == FL_Q8) {
-        return _mm512_xor_si512(_mm512_loadu_si512(codes + 64 * k4),
-                                _mm512_set1_epi8((char)0x80));
+        return _mm512_xor_si512(_mm512_loadu_si512(codes + 64 * k4), _mm512_set1_epi8((char)0x80));
     }
     __m512i both = _mm512_loadu_si512(codes + 64 * (k4 / 2));
     if (k4 % 2) both = _mm512_srli_epi16(both, 4);
@@ -200,6 +199,7 @@ INLINE __m512i start(fl_format format, int32_t sum) {
     return _mm512_sub_epi32(_mm512_setzero_si512(), offset);
 }
 
+/* acc + dot * scale * scale_x, and for q4m + min * scale_x * sum */
 INLINE __m512 add_group(fl_format format, __m512 acc, __m512i dot, __m512 scale, __m512 min,
                         float scale_x, int32_t sum) {
     __m512 sx = _mm512_set1_ps(scale_x);
@@ -248,8 +248,8 @@ static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, c
  * the weights small enough for the first-level cache. `ahead`: groups from here to what the next
  * tile row will need. */
 INLINE void multiply_tile(fl_format format, int n, float *y, size_t stride, const cursor *w,
-                          int32_t groups, const int32_t *x, const float *scale,
-                          const int32_t *sum, size_t ahead) {
+                          int32_t groups, const int32_t *x, const float *scale, const int32_t *sum,
+                          size_t ahead) {
     cursor at[2] = {w[0], w[n - 1]};
     __m512 acc[FL_TILE][2];
     UNROLL for (int t = 0; t < FL_TILE; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
@@ -361,7 +361,7 @@ static void store_kv(const fl_kv *kv, int32_t position, const float *k, const fl
 
 /* ---- attention ---- */
 
-#define SCORE_QUERIES 4   /* queries scored together: 8 dot products, 8 sums */
+#define SCORE_QUERIES 4 /* queries scored together: 8 dot products, 8 sums */
 #define COMBINE_QUERIES 8 /* queries whose outputs are summed together: 16 vectors */
 
 /* The scratch of one call, G = whole and partial groups of head_dim. Groups are always whole
@@ -369,15 +369,15 @@ static void store_kv(const fl_kv *kv, int32_t position, const float *k, const fl
  * are copied to a padded place. */
 typedef struct {
     int32_t groups;
-    int32_t *codes;   /* [n_q][8 G] four s8 codes of a query each */
-    float *scale;     /* [n_q][G] */
-    int32_t *start;   /* [n_q][G] -128 * sum of the codes */
-    float *p;         /* [n_q][32] of one page: scores, then probabilities */
-    float *factor;    /* [n_q] of one page: what earlier sums are multiplied by */
+    int32_t *codes; /* [n_q][8 G] four s8 codes of a query each */
+    float *scale; /* [n_q][G] */
+    int32_t *start; /* [n_q][G] -128 * sum of the codes */
+    float *p; /* [n_q][32] of one page: scores, then probabilities */
+    float *factor; /* [n_q] of one page: what earlier sums are multiplied by */
     float *m, *total; /* [n_q] running maximum and sum of probabilities */
-    float *acc;       /* [n_q][32 G] running outputs */
-    float *weighted;  /* [COMBINE_QUERIES][32] probabilities times the value scales of one group */
-    int8_t *k, *v;    /* [8][32][4], [32][32] the partial last group of one page */
+    float *acc; /* [n_q][32 G] running outputs */
+    float *weighted; /* [COMBINE_QUERIES][32] probabilities times the value scales of one group */
+    int8_t *k, *v; /* [8][32][4], [32][32] the partial last group of one page */
 } attention;
 
 /* The next n * size bytes of scratch, aligned. */
@@ -447,13 +447,12 @@ INLINE void score_queries(int n, const attention *a, int32_t i, const page_view 
                 dot[j][1] = _mm512_dpbusd_epi32(dot[j][1], k1, q);
             }
         }
-        __m512 s0 = load_half(page->k_scales + g * 32), s1 = load_half(page->k_scales + g * 32 + 16);
-        UNROLL for (int j = 0; j < n; j++) {
-            __m512 sq = _mm512_set1_ps(a->scale[at + (size_t)j * groups]);
-            score[j][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[j][0]), _mm512_mul_ps(s0, sq),
-                                          score[j][0]);
-            score[j][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[j][1]), _mm512_mul_ps(s1, sq),
-                                          score[j][1]);
+        UNROLL for (int half = 0; half < 2; half++) {
+            __m512 scale = load_half(page->k_scales + g * 32 + 16 * half);
+            UNROLL for (int j = 0; j < n; j++) {
+                score[j][half] = add_group(FL_Q8, score[j][half], dot[j][half], scale, scale,
+                                           a->scale[at + (size_t)j * groups], 0);
+            }
         }
     }
     UNROLL for (int j = 0; j < n; j++) {
