@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "csrc"))
+import itertools
+
 import kernel_harness as h
 
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)]  # qkv, out, gate and up, down
@@ -96,7 +98,7 @@ def read_rate(directory: Path, threads: int, seconds: float) -> float:
 
 def shares(blocks: int, threads: int) -> list[tuple[int, int]]:
     cuts = [blocks * i // threads for i in range(threads + 1)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))
 
 
 def gemv_rate(kernels: h.Kernels, format: str, threads: int, seconds: float) -> float:
@@ -113,9 +115,7 @@ def gemv_rate(kernels: h.Kernels, format: str, threads: int, seconds: float) -> 
     return w.nbytes / best_time(work, threads, seconds) / 1e9
 
 
-def gemm_rate(
-    kernels: h.Kernels, format: str, tokens: int, threads: int, seconds: float
-) -> float:
+def gemm_rate(kernels: h.Kernels, format: str, tokens: int, threads: int, seconds: float) -> float:
     """GMAC/s over the matrices of one layer."""
     rng = np.random.default_rng(0)
     time_all, macs = 0.0, 0
@@ -127,8 +127,13 @@ def gemm_rate(
         c_w, c_act, parts = w.c(), act.c(), shares(w.blocks, threads)
 
         def work(
-            i: int, w: Any = c_w, act: Any = c_act, y: Any = y, rows: int = rows,
-            parts: Any = parts, panels: Any = panels,
+            i: int,
+            w: Any = c_w,
+            act: Any = c_act,
+            y: Any = y,
+            rows: int = rows,
+            parts: Any = parts,
+            panels: Any = panels,
         ) -> None:
             at = y.ctypes.data + parts[i][0] * h.BLOCK_ROWS * 4
             kernels.table.gemm(at, rows, w, *parts[i], act, panels[i].ctypes.data)
@@ -153,8 +158,13 @@ def attend_time(kernels: h.Kernels, queries: int, seconds: float) -> float:
     def work(_: int) -> None:
         for _ in range(20):
             kernels.table.attend(
-                out.ctypes.data, kv, queries, q.ctypes.data, first.ctypes.data,
-                last.ctypes.data, scratch.ctypes.data,
+                out.ctypes.data,
+                kv,
+                queries,
+                q.ctypes.data,
+                first.ctypes.data,
+                last.ctypes.data,
+                scratch.ctypes.data,
             )
 
     return best_time(work, 1, seconds) / 20 * 1e6

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from llama_cpp import Llama  # type: ignore[import-not-found]
+from llama_cpp import Llama
 
 
 def main() -> None:

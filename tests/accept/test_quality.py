@@ -115,7 +115,7 @@ def test_in_fp32_the_arithmetic_is_the_oracles(ready: Ready) -> None:
 def test_llama_cpp_on_the_same_file_is_near(ready: Ready, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", ready.ids)
     script = Path(__file__).with_name("llama_cpp_logits.py")
-    command = [
+    command: list[str | Path] = [
         peer_python(PEERS["llama.cpp"]),
         script,
         pull(ready.case.model, offline=True).path,

@@ -179,11 +179,8 @@ def test_arrays_must_come_as_planned(
     tiny_artifact: Artifact, tiny_texts: TokenizerFiles, tmp_path: Path
 ) -> None:
     weights = load_weights(tiny_artifact)
-    arrays: dict[str, NDArray[Any]] = {
-        name: weights[t.offset : t.offset + t.nbytes].reshape((*t.shape[:-1], -1))
-        for name, t in tiny_artifact.tensors.items()
-        if t.dtype in ("I8", "U8")
-    }
+    entry = tiny_artifact.tensors["embed.codes"]
+    codes = weights[entry.offset : entry.offset + entry.nbytes].view(np.int8).reshape(entry.shape)
 
     def write(pairs: list[tuple[str, NDArray[Any]]]) -> None:
         write_artifact(
@@ -191,8 +188,14 @@ def test_arrays_must_come_as_planned(
             name="x", provenance=PROVENANCE,
         )  # fmt: skip
 
-    first = ("embed.codes", arrays["embed.codes"])
-    for pairs in ([], [first], [first, first], [("embed.codes", np.zeros((32, 2, 511), np.int8))]):
+    wrong: list[list[tuple[str, NDArray[Any]]]] = [
+        [],
+        [("embed.codes", codes)],
+        [("head.codes", codes)],
+        [("embed.codes", codes.view(np.uint8))],
+        [("embed.codes", codes[..., :-1])],
+    ]
+    for pairs in wrong:
         with pytest.raises(ArtifactError, match="came where the plan has embed"):
             write(pairs)
         assert not any(tmp_path.iterdir())
@@ -217,8 +220,10 @@ def test_too_little_space_is_said_beforehand(
     tiny_source: SourceModel, tiny_texts: TokenizerFiles, small_disk: Path
 ) -> None:
     (small_disk / "ballast").write_bytes(bytes(900_000))
+    started: list[int] = []
     with pytest.raises(ArtifactError, match=r"not enough space: \d+ bytes .* \d+ are available; "):
-        make(tiny_source, tiny_texts, small_disk / "x.fl")
+        make(tiny_source, tiny_texts, small_disk / "x.fl", progress=lambda *at: started.extend(at))
+    assert not started
     assert [entry.name for entry in small_disk.iterdir()] == ["ballast"]
 
 
@@ -306,3 +311,28 @@ def test_two_writers_do_not_disturb_each_other(
     assert not failures
     load_weights(open_artifact(target))
     assert alone(target)
+
+
+def test_a_reader_sees_the_old_one_or_the_new_one(
+    tiny_source: SourceModel, tiny_texts: TokenizerFiles, tmp_path: Path
+) -> None:
+    """Opened again and again while it is replaced again and again."""
+    target = tmp_path / "x.fl"
+    make(tiny_source, tiny_texts, target)
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                assert open_artifact(target).plan.preset in ("import", "q8")
+        except BaseException as error:
+            failures.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(16):
+        make(tiny_source, tiny_texts, target, ("q8", "import")[i % 2])
+    stop.set()
+    reader.join()
+    assert not failures

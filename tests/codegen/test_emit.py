@@ -22,7 +22,9 @@ def tiny() -> Artifact:
     return open_artifact(RELEASE)
 
 
-def test_the_generated_text_is_the_known_one(tiny: Artifact, request: pytest.FixtureRequest) -> None:
+def test_the_generated_text_is_the_known_one(
+    tiny: Artifact, request: pytest.FixtureRequest
+) -> None:
     text = emit_model(tiny, "avx2")
     if request.config.getoption("--update-golden"):
         GOLDEN.write_text(text, encoding="utf-8")

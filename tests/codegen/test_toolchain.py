@@ -1,4 +1,4 @@
-"""The build cache: found again, mended when damaged, safe against others, clear without a compiler."""
+"""The build cache: found again, mended when damaged, safe against others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from flashlite.artifact.read import open_artifact
 from flashlite.codegen import toolchain
@@ -31,7 +33,7 @@ def model_c() -> str:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache and home."""
     monkeypatch.setenv("FLASHLITE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FLASHLITE_HOME", str(tmp_path / "home"))
@@ -56,7 +58,9 @@ def test_another_model_takes_the_kernels_that_are_there(cache: Path, model_c: st
     assert (kernels / "fl_ops.o").stat().st_mtime_ns == built
 
 
-@pytest.mark.parametrize("victim", ["model-*/model.so", "kernels-*/fl_ops.o", "model-*/digests.json"])
+@pytest.mark.parametrize(
+    "victim", ["model-*/model.so", "kernels-*/fl_ops.o", "model-*/digests.json"]
+)
 def test_a_damaged_file_is_built_again(cache: Path, model_c: str, victim: str) -> None:
     good = build_library(model_c, PLAIN).read_bytes()
     path = next((cache / "builds").glob(victim))
@@ -71,7 +75,7 @@ def test_a_damaged_file_is_built_again(cache: Path, model_c: str, victim: str) -
 def test_digests_copied_from_another_installation_do_not_count(cache: Path, model_c: str) -> None:
     library = build_library(model_c, PLAIN)
     library.write_bytes(b"somebody else's code")
-    digest = toolchain.blake3(library.read_bytes(), key=bytes(32)).hexdigest()
+    digest = blake3(library.read_bytes(), key=bytes(32)).hexdigest()
     record = library.parent / "digests.json"
     record.write_text(json.dumps({"model.so": digest}))
     assert build_library(model_c, PLAIN).read_bytes()[:4] == b"\x7fELF"

@@ -7,6 +7,7 @@ A `Table` names one instruction set; `build` compiles it alone into a shared lib
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import platform
 import shutil
@@ -70,7 +71,10 @@ TABLES = {
     "plain-native": Table("fl_kernels_plain.c", "fl_kernels_plain", ("-march=native",)),
     "fp32": Table("fl_kernels_fp32.c", "fl_kernels_fp32", fp32=True),
     "avx2": Table(
-        "fl_kernels_avx2.c", "fl_kernels_avx2", ("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c")
+        "fl_kernels_avx2.c",
+        "fl_kernels_avx2",
+        ("-mavx2", "-mfma", "-mf16c"),
+        ("avx2", "fma", "f16c"),
     ),
     "avx2-native": Table(
         "fl_kernels_avx2.c", "fl_kernels_avx2", ("-march=native",), ("avx2", "fma", "f16c")
@@ -256,8 +260,10 @@ class Linear:
 
     def dense(self) -> npt.NDArray[np.float64]:
         """The weights in float64."""
-        scale, low = (np.repeat(a.astype(np.float64), GROUP, 1)[:, : self.cols]
-                      for a in (self.scales, self.mins))
+        scale, low = (
+            np.repeat(a.astype(np.float64), GROUP, 1)[:, : self.cols]
+            for a in (self.scales, self.mins)
+        )
         if self.format == "q4m":
             return self.codes * scale + low
         return (self.codes - (8 if self.format == "q4" else 0)) * scale
@@ -317,7 +323,8 @@ class Activations:
 
     def true(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """`scale` or `sum` as [n, groups]."""
-        return array.transpose(0, 2, 1).reshape(-1, self.groups)[: self.n]
+        by_token: npt.NDArray[Any] = array.transpose(0, 2, 1).reshape(-1, self.groups)
+        return by_token[: self.n]
 
 
 class Pages:
@@ -343,7 +350,6 @@ class Pages:
             self.pages.ctypes.data,
             self.head_dim,
         )
-
 
     def dequantize(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Keys and values as float64 [tokens, head_dim]."""
@@ -390,7 +396,7 @@ class Kernels:
         c = act.c()
         cuts = [0, act.groups] if split is None else [0, split, act.groups]
         for t in range(act.n):
-            for low, high in zip(cuts, cuts[1:], strict=False):
+            for low, high in itertools.pairwise(cuts):
                 part = np.ascontiguousarray(x[t, GROUP * low : GROUP * high], np.float32)
                 self.table.quantize(c, t, low, high, part.ctypes.data, act.cols)
 
@@ -407,9 +413,7 @@ class Kernels:
         tokens, rows = _up(act.n, TILE), (block1 - block0) * BLOCK_ROWS
         y = np.full((tokens, rows + 3), np.nan, np.float32)
         panel = aligned(w.groups * (2 * 512 + 4 * 64) + 64, np.uint8)
-        self.table.gemm(
-            y.ctypes.data, rows + 3, w.c(), block0, block1, act.c(), panel.ctypes.data
-        )
+        self.table.gemm(y.ctypes.data, rows + 3, w.c(), block0, block1, act.c(), panel.ctypes.data)
         if not np.isnan(y[:, rows:]).all():
             raise RuntimeError("gemm wrote past its rows")
         return y[:, :rows]

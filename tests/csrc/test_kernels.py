@@ -6,7 +6,6 @@ that equality of floats is equality of the integers. Float parts are compared wi
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +124,7 @@ def test_padding_tokens_give_zero(kernels: h.Kernels, n: int) -> None:
 
 @pytest.mark.parametrize("format", h.FORMATS)
 @pytest.mark.parametrize("n", [1, 3, 17])
-def test_scaled_products_agree(
-    kernels: h.Kernels, plain: h.Kernels, format: str, n: int
-) -> None:
+def test_scaled_products_agree(kernels: h.Kernels, plain: h.Kernels, format: str, n: int) -> None:
     rng = np.random.default_rng(5)
     w = h.random_linear(rng, format, 50, 576)
     x = rng.normal(0, 1, (n, 576)).astype(np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashlite.artifact.format import Artifact
-from flashlite.artifact.read import load_weights, tensor
+from flashlite.artifact.read import tensor
 from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
 from flashlite.codegen.target import host_target
 from flashlite.model.reference import Reference

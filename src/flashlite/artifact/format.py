@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flashlite.checkpoint.tokenizer import SpecialTokens
 from flashlite.compress.pack import BLOCK_ROWS, CODE_BYTES, blocks_of, groups_of
 from flashlite.compress.plan import Plan, stored_shapes
@@ -32,6 +34,7 @@ __all__ = [
     "ALIGN",
     "CARD",
     "CONFIG",
+    "DTYPES",
     "FORMAT_VERSION",
     "LIMITS",
     "MANIFEST",
@@ -69,7 +72,12 @@ LIMITS: Mapping[str, int] = {
     MANIFEST: 16 << 20,
 }
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_ITEM_BYTES = {"I8": 1, "U8": 1, "F16": 2, "F32": 4}
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+}
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,7 @@ def layout(spec: ModelSpec, plan: Plan) -> Layout:
     entries: list[PackedTensor] = []
     offset = 0
     for name, dtype, shape in _arrays(spec, plan):
-        nbytes = _ITEM_BYTES[dtype]
+        nbytes = DTYPES[dtype].itemsize
         for size in shape:
             nbytes *= size
         entries.append(PackedTensor(name, dtype, shape, offset, nbytes))

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from flashlite.artifact.format import (
     CARD,
     CONFIG,
+    DTYPES,
     LIMITS,
     MANIFEST,
     TEMPLATE,
@@ -74,19 +75,14 @@ def open_artifact(path: Path, *, enable_integrity_check: bool = True) -> Artifac
     if not path.is_dir():
         raise ArtifactError(f"{path}: there is no such artifact; make one with flashlite quantize")
     manifest = read_manifest(path)
-    expected = manifest if enable_integrity_check else None
-    config = parse_json(read_small(path, CONFIG, expected), path / CONFIG)
-    check_version(config, path / CONFIG)
-    artifact, arrays = _describe(path, config, manifest)
-    if set(manifest.tensors) != set(arrays.tensors):
-        odd = sorted(set(manifest.tensors) ^ set(arrays.tensors))[0]
-        raise ArtifactError(f"{path / MANIFEST}: its tensors are not this model's: {odd[:60]!r}")
-    _check_weights(path / WEIGHTS, arrays)
-    if enable_integrity_check:
-        for name in (TOKENIZER, TEMPLATE, CARD):
-            if name in manifest.files:
-                read_small(path, name, manifest)
-    return artifact
+    try:
+        return _open(path, manifest, check=enable_integrity_check)
+    except ArtifactError:
+        replaced = read_manifest(path)
+        if replaced.digest == manifest.digest:
+            raise
+        # Another process swapped in a new artifact between two of our reads.
+        return _open(path, replaced, check=enable_integrity_check)
 
 
 def load_weights(artifact: Artifact, *, verify: bool = True) -> NDArray[np.uint8]:
@@ -182,6 +178,22 @@ def tensor(artifact: Artifact, weights: NDArray[np.uint8], canonical: str) -> ND
         return _array(artifact, weights, name).astype(np.float32)
     shape = dict(artifact.spec.shapes()).get("embed" if name == "head" else name, (0, 0))
     return dequantize(packed(artifact, weights, canonical), shape[0], shape[1])
+
+
+def _open(path: Path, manifest: Manifest, *, check: bool) -> Artifact:
+    expected = manifest if check else None
+    config = parse_json(read_small(path, CONFIG, expected), path / CONFIG)
+    check_version(config, path / CONFIG)
+    artifact, arrays = _describe(path, config, manifest)
+    if set(manifest.tensors) != set(arrays.tensors):
+        odd = min(set(manifest.tensors) ^ set(arrays.tensors))
+        raise ArtifactError(f"{path / MANIFEST}: its tensors are not this model's: {odd[:60]!r}")
+    _check_weights(path / WEIGHTS, arrays)
+    if check:
+        for name in (TOKENIZER, TEMPLATE, CARD):
+            if name in manifest.files:
+                read_small(path, name, manifest)
+    return artifact
 
 
 def _describe(path: Path, config: dict[str, Any], manifest: Manifest) -> tuple[Artifact, Layout]:
@@ -280,16 +292,8 @@ def _private_memory(size: int) -> mmap.mmap:
     return memory
 
 
-_DTYPES: dict[str, type[Any]] = {
-    "I8": np.int8,
-    "U8": np.uint8,
-    "F16": np.float16,
-    "F32": np.float32,
-}
-
-
 def _array(artifact: Artifact, weights: NDArray[np.uint8], stored: str) -> NDArray[Any]:
     entry = artifact.tensors[stored]
     part = weights[entry.offset : entry.offset + entry.nbytes]
-    array: NDArray[Any] = part.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+    array: NDArray[Any] = part.view(DTYPES[entry.dtype]).reshape(entry.shape)
     return array

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from flashlite.artifact.format import (
     CARD,
     CONFIG,
+    DTYPES,
     FORMAT_VERSION,
     MANIFEST,
     TEMPLATE,
@@ -149,7 +151,8 @@ def write_artifact(
             files[file] = FileDigest(len(data), blake3(data).hexdigest())
         files[WEIGHTS], digests = _write_weights(folder / WEIGHTS, arranged, arrays, progress)
         (folder / MANIFEST).write_bytes(_manifest(files, digests))
-    return open_artifact(directory)
+        written = open_artifact(folder)  # only what can be read takes the place of what was there
+    return replace(written, path=directory)
 
 
 def _write_weights(
@@ -177,10 +180,11 @@ def _write_weights(
                 write(bytes(entry.nbytes))
                 continue
             name, array = next(incoming, ("", np.empty(0)))
-            if name != entry.name or array.shape != entry.shape or array.nbytes != entry.nbytes:
+            found = (name, array.dtype, array.shape)
+            if found != (entry.name, DTYPES[entry.dtype], entry.shape):
                 raise ArtifactError(
-                    f"array {name!r} of shape {array.shape} came where the plan has {entry.name} "
-                    f"of shape {entry.shape}"
+                    f"array {name!r}, {array.dtype} {array.shape}, came where the plan has "
+                    f"{entry.name}, {DTYPES[entry.dtype]} {entry.shape}"
                 )
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             digests[name] = blake3(data, max_threads=blake3.AUTO).hexdigest()

@@ -34,7 +34,8 @@ from flashlite.errors import TemplateError
 
 __all__ = ["Meter", "Program", "compile_program"]
 
-_MAX_SOURCE = 1 << 16  # characters of a template
+_MAX_SOURCE = 1 << 15  # characters of a template; the longest known have 17,000
+_MAX_NODES = 1 << 12  # of its syntax tree; the largest known have 1,300
 _MAX_TEXT = 1 << 19  # characters a template may make, besides those it is given
 _MAX_STEPS = 50_000
 _MAX_ITEMS = 10_000
@@ -182,8 +183,8 @@ class Meter:
                 f"chat template makes a text of {length} characters, allowed {self.longest}"
             )
 
-    def plain(self, value: Any) -> Any:
-        """A value whose size is known to be small enough to be copied, compared or printed."""
+    def plain(self, value: Any, *, printed: bool = False) -> Any:
+        """A value whose size is known to be small enough to be copied and compared."""
         if isinstance(value, (str, int, float)) or value is None:
             self.step()
             return value
@@ -198,8 +199,8 @@ class Meter:
             elif isinstance(item, Mapping):
                 waiting.extend(item)
                 waiting.extend(item.values())
-            elif isinstance(item, Namespace):  # it may hold itself
-                raise TemplateError("chat template copies, compares or prints a namespace")
+            elif printed and isinstance(item, Namespace):  # it may hold itself, many times
+                raise TemplateError("chat template prints a namespace")
             if seen + len(waiting) > _MAX_ITEMS:
                 raise TemplateError(f"chat template makes a list of more than {_MAX_ITEMS} values")
         self.step(seen)
@@ -241,7 +242,7 @@ class Meter:
 
     def text(self, value: Any) -> str:
         """`str(value)`."""
-        return value if type(value) is str else str(self.plain(value))
+        return value if type(value) is str else str(self.plain(value, printed=True))
 
     def printed(self, value: Any) -> str:
         """`str(value)`, as a part of the output."""
@@ -427,9 +428,13 @@ def _check(tree: nodes.Template) -> Iterator[str]:
         TemplateError: naming line and construct.
     """
     waiting: list[nodes.Node] = [tree]
+    seen = 0
     while waiting:
         node = waiting.pop()
         waiting.extend(node.iter_child_nodes())
+        seen += 1
+        if seen + len(waiting) > _MAX_NODES:
+            raise TemplateError(f"chat template has more than {_MAX_NODES} parts")
         if not isinstance(node, _ALLOWED_NODES):
             _refuse(node, type(node).__name__.lower())
         if isinstance(node, nodes.For) and node.recursive:
@@ -493,7 +498,7 @@ def _call_method(
     for value in (owner, *args, *kwargs.values()):
         meter.plain(value)
     if name == "join":
-        return meter.joined(owner, [str(value) for value in meter.listed(*args)])
+        return meter.joined(owner, [meter.text(value) for value in meter.listed(*args)])
     if name == "replace" and isinstance(owner, str):
         return meter.replaced(owner, *args)
     if name == "format":

@@ -1,13 +1,14 @@
 /* flashlite: the kernels for x86-64 with AVX2, FMA and F16C.
  *
- * One inline function, rows16, is every matrix product: 16 rows (two vectors of 8 rows x 4 columns)
- * by 1..3 tokens, specialised by the compiler for format, operand form and token count. The same
- * function scores the keys of a page. The products of bytes:
+ * Two inline functions are every matrix product: rows16, 16 rows (two vectors of 8 rows x 4
+ * columns) by up to a tile of tokens, specialised by the compiler for format, storage and token
+ * count, which also scores the keys of a page; and rows8_q8 for q8 with many tokens. Bytes multiply
+ * through vpmaddubsw, unsigned by signed, pairs summed in 16 bits:
  *
- *   q4, q4m  u8 nibble x s8 (vpmaddubsw): two products are at most 15 * 127 * 2 = 3810, so the
- *            eight steps of a group add up in 16 bits (30480) before one vpmaddwd
- *   q8       |w| x (x with the sign of w): two products are at most 128 * 127 * 2 = 32512, one
- *            step fits 16 bits; -128 is exact, for its magnitude 128 is an unsigned byte
+ *   q4, q4m  nibble x: a pair is at most 15 * 127 * 2 = 3810, so the eight steps of a group add up
+ *            in 16 bits (30480) before one vpmaddwd
+ *   q8       |w| times x with the sign of w: a pair is at most 128 * 127 * 2 = 32512, which fits,
+ *            once; -128 is exact, for its magnitude 128 is an unsigned byte
  */
 #include <immintrin.h>
 
@@ -25,11 +26,9 @@
  * before it adds them, and spill them all. */
 #define KEEP(vector) __asm__("" : "+x"(vector))
 
+/* Tokens of a tile that share a pass over packed weights: 6 sums, the results and operands. */
 #define FEW 3
-#ifndef MANY
-#define MANY 3
-#endif
-#define MAX_TOKENS 6
+#define AHEAD 3072 /* bytes of codes to ask memory for in advance: q4m gains most, a third */
 
 /* ---- vectors ---- */
 
@@ -226,14 +225,14 @@ INLINE void dot_group(__m256i dot[][2], form f, const uint8_t *codes, size_t pit
 /* y[t * stride + row] of 16 rows and n tokens; all but the pointers and stride are constants. */
 INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_format format,
                    form f, size_t pitch, size_t width, int n) {
-    __m256 acc[MAX_TOKENS][2];
+    __m256 acc[FL_TILE][2];
     UNROLL for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
     const uint8_t *codes = w->codes;
     const int32_t *x_codes = x->codes, *x_sum = x->sum;
     const float *x_scale = x->scale;
     const size_t groups = w->groups;
     for (size_t g = 0; g < groups; g++) {
-        __m256i dot[MAX_TOKENS][2];
+        __m256i dot[FL_TILE][2];
         size_t at = g * pitch / 4, steps = pitch == 64 || g + 1 < groups ? 8 : w->last_steps;
         dot_group(dot, f, codes, pitch, steps, x_codes, width, n);
         __m256 s0 = load_scales(f, w->scales, at), s1 = load_scales(f, w->scales, at + 8);
@@ -244,10 +243,10 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
                 dot[t][0] = _mm256_sub_epi32(dot[t][0], sum);
                 dot[t][1] = _mm256_sub_epi32(dot[t][1], sum);
             }
-            acc[t][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][0]), _mm256_mul_ps(s0, sx),
-                                        acc[t][0]);
-            acc[t][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][1]), _mm256_mul_ps(s1, sx),
-                                        acc[t][1]);
+            acc[t][0] =
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][0]), _mm256_mul_ps(s0, sx), acc[t][0]);
+            acc[t][1] =
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][1]), _mm256_mul_ps(s1, sx), acc[t][1]);
         }
         if (format == FL_Q4M) {
             __m256 m0 = load_scales(f, w->mins, at), m1 = load_scales(f, w->mins, at + 8);
@@ -256,6 +255,12 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
                                            _mm256_cvtepi32_ps(_mm256_set1_epi32(x_sum[t])));
                 acc[t][0] = _mm256_fmadd_ps(m0, sum, acc[t][0]);
                 acc[t][1] = _mm256_fmadd_ps(m1, sum, acc[t][1]);
+            }
+        }
+        if (width == 1) { /* decode reads each weight once, from memory */
+            const uintptr_t next = (uintptr_t)codes + AHEAD, lines = f == BYTES ? 8 : 4;
+            for (uintptr_t i = 0; i < lines; i++) {
+                _mm_prefetch((const void *)(next + 64 * i), _MM_HINT_T0);
             }
         }
         codes += (f == NIBBLES ? 4 : 8) * pitch;
@@ -269,31 +274,31 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
     }
 }
 
-/* Bodies of rows16, none of them inlined: 1 token alone, up to FEW of a tile, exactly MANY. */
+/* Bodies of rows16, none of them inlined: 1 token alone, up to FEW of a tile, a whole tile. */
 typedef void rows16_function(float *, size_t, const rows *, const tokens *, int32_t);
 
-#define BODY(name)                                                                              \
-    static __attribute__((noinline)) void name(float *y, size_t stride, const rows *w,         \
+#define BODY(name) \
+    static __attribute__((noinline)) void name(float *y, size_t stride, const rows *w, \
                                                const tokens *x, int32_t n)
-#define ONE(name, format, form)                                                                 \
-    BODY(name) {                                                                               \
-        (void)n;                                                                               \
-        rows16(y, stride, w, x, format, form, 64, 1, 1);                                       \
+#define ONE(name, format, form) \
+    BODY(name) { \
+        (void)n; \
+        rows16(y, stride, w, x, format, form, 64, 1, 1); \
     }
-#define UP_TO_FEW(name, format, form, pitch)                                                    \
-    BODY(name) {                                                                               \
-        if (n >= 3) {                                                                          \
-            rows16(y, stride, w, x, format, form, pitch, FL_TILE, 3);                          \
-        } else if (n == 2) {                                                                   \
-            rows16(y, stride, w, x, format, form, pitch, FL_TILE, 2);                          \
-        } else {                                                                               \
-            rows16(y, stride, w, x, format, form, pitch, FL_TILE, 1);                          \
-        }                                                                                      \
+#define UP_TO_FEW(name, format, form, pitch) \
+    BODY(name) { \
+        if (n >= 3) { \
+            rows16(y, stride, w, x, format, form, pitch, FL_TILE, 3); \
+        } else if (n == 2) { \
+            rows16(y, stride, w, x, format, form, pitch, FL_TILE, 2); \
+        } else { \
+            rows16(y, stride, w, x, format, form, pitch, FL_TILE, 1); \
+        } \
     }
-#define EXACTLY_MANY(name, format)                                                              \
-    BODY(name) {                                                                               \
-        (void)n;                                                                               \
-        rows16(y, stride, w, x, format, UNPACKED, 64, FL_TILE, MANY);                          \
+#define WHOLE_TILE(name, format) \
+    BODY(name) { \
+        (void)n; \
+        rows16(y, stride, w, x, format, UNPACKED, 64, FL_TILE, FL_TILE); \
     }
 ONE(one_q8, FL_Q8, BYTES)
 ONE(one_q4, FL_Q4, NIBBLES)
@@ -302,8 +307,8 @@ UP_TO_FEW(few_q8, FL_Q8, BYTES, 64)
 UP_TO_FEW(few_q4, FL_Q4, NIBBLES, 64)
 UP_TO_FEW(few_q4m, FL_Q4M, NIBBLES, 64)
 UP_TO_FEW(few_keys, FL_Q8, BYTES, 128)
-EXACTLY_MANY(many_q4, FL_Q4)
-EXACTLY_MANY(many_q4m, FL_Q4M)
+WHOLE_TILE(whole_q4, FL_Q4)
+WHOLE_TILE(whole_q4m, FL_Q4M)
 
 static rows view_block(const fl_linear *w, size_t block) {
     size_t at = block * (size_t)w->groups;
@@ -333,8 +338,7 @@ static rows unpack(const rows *w, void *panel) {
         __m256i v = load_bytes(w->codes + 32 * i);
         uint8_t *to = codes + i / 2 * 128 + i % 2 * 32;
         _mm256_storeu_si256((void *)to, _mm256_and_si256(v, mask));
-        _mm256_storeu_si256((void *)(to + 64),
-                            _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
+        _mm256_storeu_si256((void *)(to + 64), _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
     }
     for (size_t i = 0; i < w->groups * FL_BLOCK_ROWS; i += 8) {
         _mm256_storeu_ps(scales + i, load_halves((const uint16_t *)w->scales + i));
@@ -347,40 +351,110 @@ static rows unpack(const rows *w, void *panel) {
     return unpacked;
 }
 
-/* The token at lane `part` of the tile that starts at token t. */
-INLINE tokens view_tokens(const fl_act *act, int32_t t, int32_t part) {
-    size_t at = (size_t)t * (size_t)act->groups;
-    return (tokens){act->codes + at * 8 + part, act->scale + at + part, act->sum + at + part};
+/* The tokens of act from `t` on, within one tile. */
+INLINE tokens view_tokens(const fl_act *act, int32_t t) {
+    size_t tile = (size_t)(t / FL_TILE * FL_TILE) * (size_t)act->groups, lane = t % FL_TILE;
+    return (tokens){act->codes + tile * 8 + lane, act->scale + tile + lane, act->sum + tile + lane};
 }
 
-/* Tokens from `t` on, FEW at a time. */
+/* Tokens from `t` on, FEW at a time; zeros for the padding of the last tile. */
 static void multiply_few(float *y, size_t stride, const rows *w, const fl_act *act, int32_t t,
                          rows16_function *few) {
-    for (; t < act->n; t += FL_TILE) {
-        for (int32_t part = 0; part < FL_TILE; part += FEW) {
-            const tokens x = view_tokens(act, t, part);
-            int32_t left = act->n - t - part, n = left < 0 ? 0 : left < FEW ? left : FEW;
-            float *to = y + (size_t)(t + part) * stride;
-            if (n > 0) few(to, stride, w, &x, n);
-            for (; n < FEW; n++) memset(to + (size_t)n * stride, 0, FL_BLOCK_ROWS * sizeof *y);
+    int32_t end = (act->n + FL_TILE - 1) / FL_TILE * FL_TILE;
+    for (; t < act->n; t += FEW) {
+        const tokens x = view_tokens(act, t);
+        few(y + (size_t)t * stride, stride, w, &x, act->n - t);
+    }
+    for (t = act->n; t < end; t++) memset(y + (size_t)t * stride, 0, FL_BLOCK_ROWS * sizeof *y);
+}
+
+/* What q8 needs beside its packed codes when many tokens follow, per group and row. */
+typedef struct {
+    float *scales;
+    int32_t *offsets; /* minus the sum of the negative codes */
+} q8_panel;
+
+static q8_panel prepare_q8(const rows *w, void *panel) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    size_t n = w->groups * FL_BLOCK_ROWS;
+    q8_panel p = {panel, (int32_t *)panel + n};
+    for (size_t i = 0; i < n; i += 8) { /* 8 rows of group i / 16 */
+        const uint8_t *codes = w->codes + i / 16 * 512 + i % 16 * 4;
+        __m256i sum = _mm256_setzero_si256();
+        UNROLL for (size_t k4 = 0; k4 < 8; k4++) {
+            __m256i c = load_bytes(codes + k4 * 64);
+            c = _mm256_abs_epi8(_mm256_min_epi8(c, _mm256_setzero_si256()));
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(c, _mm256_set1_epi8(1)));
         }
+        _mm256_storeu_si256((void *)(p.offsets + i), _mm256_madd_epi16(sum, ones));
+        _mm256_storeu_ps(p.scales + i, load_halves((const uint16_t *)w->scales + i));
+    }
+    return p;
+}
+
+/* 8 rows by a whole tile. w x = |w| x where w >= 0, and |w| ~x + |w| where w < 0, because
+ * -x = ~x + 1: with the second |w| summed beforehand, one exclusive or replaces vpsignb, which
+ * shares its two ports with the multiplications. |w| ~x is at most 128 * 128: it fits. */
+INLINE void rows8_q8(float *y, size_t stride, const uint8_t *codes, const float *scales,
+                     const int32_t *offsets, size_t groups, const tokens *x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const int32_t *x_codes = x->codes;
+    const float *x_scale = x->scale;
+    __m256 acc[FL_TILE];
+    UNROLL for (int t = 0; t < FL_TILE; t++) acc[t] = _mm256_setzero_ps();
+    for (size_t g = 0; g < groups; g++) {
+        __m256i dot[FL_TILE];
+        UNROLL for (int t = 0; t < FL_TILE; t++) dot[t] = load_bytes(offsets);
+        for (size_t k4 = 0; k4 < 8; k4++) {
+            __m256i w = load_bytes(codes + k4 * 64), a = _mm256_abs_epi8(w);
+            __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), w);
+            UNROLL for (int t = 0; t < FL_TILE; t++) {
+                __m256i v = _mm256_set1_epi32(x_codes[k4 * FL_TILE + (size_t)t]);
+                __m256i p = _mm256_maddubs_epi16(a, _mm256_xor_si256(v, negative));
+                dot[t] = _mm256_add_epi32(dot[t], _mm256_madd_epi16(p, ones));
+                KEEP(dot[t]);
+            }
+        }
+        __m256 s = _mm256_loadu_ps(scales);
+        UNROLL for (int t = 0; t < FL_TILE; t++) {
+            __m256 scale = _mm256_mul_ps(s, _mm256_set1_ps(x_scale[t]));
+            acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t]), scale, acc[t]);
+        }
+        codes += 512;
+        scales += FL_BLOCK_ROWS;
+        offsets += FL_BLOCK_ROWS;
+        x_codes += 8 * FL_TILE;
+        x_scale += FL_TILE;
+    }
+    UNROLL for (int t = 0; t < FL_TILE; t++) _mm256_storeu_ps(y + (size_t)t * stride, acc[t]);
+}
+
+static void whole_q8(float *y, size_t stride, const rows *w, const q8_panel *p, const tokens *x) {
+    for (size_t half = 0; half < FL_BLOCK_ROWS; half += 8) {
+        rows8_q8(y + half, stride, w->codes + half * 4, p->scales + half, p->offsets + half,
+                 w->groups, x);
     }
 }
 
 static void gemm(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
                  const fl_act *act, void *panel) {
     static rows16_function *const few[] = {few_q8, few_q4, few_q4m};
-    static rows16_function *const many[] = {NULL, many_q4, many_q4m};
-    int32_t whole = w->format != FL_Q8 && act->n > 2 * FL_TILE ? act->n / FL_TILE * FL_TILE : 0;
+    int32_t whole = act->n > 2 * FL_TILE ? act->n / FL_TILE * FL_TILE : 0;
     for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
         const rows packed = view_block(w, b);
-        if (whole) {
-            const rows unpacked = unpack(&packed, panel);
-            for (int32_t t = 0; t < whole; t += FL_TILE) {
-                for (int32_t part = 0; part < FL_TILE; part += MANY) {
-                    const tokens x = view_tokens(act, t, part);
-                    many[w->format](y + (size_t)(t + part) * stride, stride, &unpacked, &x, MANY);
-                }
+        rows unpacked;
+        q8_panel q8;
+        if (whole && w->format == FL_Q8) q8 = prepare_q8(&packed, panel);
+        if (whole && w->format != FL_Q8) unpacked = unpack(&packed, panel);
+        for (int32_t t = 0; t < whole; t += FL_TILE) {
+            const tokens x = view_tokens(act, t);
+            float *to = y + (size_t)t * stride;
+            if (w->format == FL_Q8) {
+                whole_q8(to, stride, &packed, &q8, &x);
+            } else if (w->format == FL_Q4) {
+                whole_q4(to, stride, &unpacked, &x, FL_TILE);
+            } else {
+                whole_q4m(to, stride, &unpacked, &x, FL_TILE);
             }
         }
         multiply_few(y, stride, &packed, act, whole, few[w->format]);
@@ -409,8 +483,8 @@ INLINE uint16_t quantize_half(uint8_t codes[FL_GROUP], const float *x, int32_t n
     float scale = magnitude(&v) / 127.0f;
     uint16_t half = fl_float_to_half(scale < 65504.0f ? scale : 65504.0f);
     int32_t sum;
-    __m256i encoded = half ? encode(&v, 1.0f / fl_half_to_float(half), &sum)
-                           : _mm256_setzero_si256();
+    __m256i encoded =
+        half ? encode(&v, 1.0f / fl_half_to_float(half), &sum) : _mm256_setzero_si256();
     _mm256_storeu_si256((void *)codes, encoded);
     return half;
 }
@@ -452,7 +526,7 @@ static attention lay_out(void *scratch, int32_t n, int32_t head_dim) {
     size_t groups = (size_t)a.groups;
     char *next = scratch;
     a.dim = groups * 32;
-#define TAKE(pointer, count)                                                                    \
+#define TAKE(pointer, count) \
     ((pointer) = (void *)next, next += (((size_t)(count) * 4 + FL_ALIGN - 1) & ~(size_t)63))
     a.q.n = n;
     a.q.width = FL_TILE;
@@ -476,7 +550,7 @@ static void score_page(const attention *a, const page_view *page) {
     rows k = {.groups = (size_t)a->groups};
     k.last_steps = (size_t)(a->head_dim - (a->groups - 1) * FL_GROUP) / 4;
     for (int32_t i = 0; i < a->n; i += FEW) {
-        const tokens q = view_tokens(&a->q, i / FL_TILE * FL_TILE, i % FL_TILE);
+        const tokens q = view_tokens(&a->q, i);
         for (size_t half = 0; half < 2; half++) {
             k.codes = page->k + half * 64;
             k.scales = page->k_scales + half * 16;
@@ -504,8 +578,8 @@ static void softmax_page(const attention *a, int32_t i, span seen) {
     float *p = a->p + i * 32;
     __m256 s[4], keep[4], top = _mm256_set1_ps(a->m[i]), total = _mm256_setzero_ps();
     UNROLL for (int j = 0; j < 4; j++) {
-        __m256i t = _mm256_add_epi32(_mm256_set1_epi32(8 * j),
-                                     _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        __m256i t =
+            _mm256_add_epi32(_mm256_set1_epi32(8 * j), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
         keep[j] = _mm256_castsi256_ps(
             _mm256_and_si256(_mm256_cmpgt_epi32(t, low), _mm256_cmpgt_epi32(high, t)));
         s[j] = _mm256_loadu_ps(p + 8 * j);
@@ -539,14 +613,15 @@ INLINE void add_values(float *acc, size_t dim, const float *factor, const float 
         }
     }
     for (int32_t t = seen.low; t <= seen.high; t++) {
-        __m256 x[4];
-        UNROLL for (int j = 0; j < 4; j++) {
-            x[j] = bytes ? widen((const uint8_t *)v + (size_t)t * pitch + 8 * j)
-                         : _mm256_loadu_ps((const float *)v + t * 32 + 8 * j);
-        }
-        UNROLL for (int i = 0; i < n; i++) {
-            __m256 p = _mm256_set1_ps(scaled[i * 32 + t]);
-            UNROLL for (int j = 0; j < 4; j++) sum[i][j] = _mm256_fmadd_ps(p, x[j], sum[i][j]);
+        __m256 p[FEW];
+        UNROLL for (int i = 0; i < n; i++) p[i] = _mm256_set1_ps(scaled[i * 32 + t]);
+        UNROLL for (int j = 0; j < 4; j++) { /* 12 sums, 3 factors, 1 vector: all registers */
+            __m256 x = bytes ? widen((const uint8_t *)v + (size_t)t * pitch + 8 * j)
+                             : _mm256_loadu_ps((const float *)v + t * 32 + 8 * j);
+            UNROLL for (int i = 0; i < n; i++) {
+                sum[i][j] = _mm256_fmadd_ps(p[i], x, sum[i][j]);
+                KEEP(sum[i][j]);
+            }
         }
     }
     UNROLL for (int i = 0; i < n; i++) {
@@ -664,12 +739,27 @@ INLINE __m256 silu_mul8(__m256 x, __m256 up) {
 }
 
 INLINE __m256 gelu_mul8(__m256 x, __m256 up) {
-    __m256 cube = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_set1_ps(FL_GELU_B), x), x,
-                                  _mm256_set1_ps(1.0f));
+    __m256 cube =
+        _mm256_fmadd_ps(_mm256_mul_ps(_mm256_set1_ps(FL_GELU_B), x), x, _mm256_set1_ps(1.0f));
     return gated8(x, _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(FL_GELU_A), x), cube), up);
 }
 
-#define GATED(name, function8)                                                                      static void name(float *y, const float *gate, const float *up, int32_t n) {                        int32_t i = 0;                                                                                 for (; i + 8 <= n; i += 8) {                                                                       __m256 v = function8(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i));                      _mm256_storeu_ps(y + i, v);                                                                }                                                                                              if (i < n) {                                                                                       size_t bytes = (size_t)(n - i) * sizeof *y;                                                    float x[8] = {0}, u[8] = {0};                                                                  memcpy(x, gate + i, bytes);                                                                    memcpy(u, up + i, bytes);                                                                      _mm256_storeu_ps(x, function8(_mm256_loadu_ps(x), _mm256_loadu_ps(u)));                        memcpy(y + i, x, bytes);                                                                   }                                                                                          }
+#define GATED(name, function8) \
+    static void name(float *y, const float *gate, const float *up, int32_t n) { \
+        int32_t i = 0; \
+        for (; i + 8 <= n; i += 8) { \
+            __m256 v = function8(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)); \
+            _mm256_storeu_ps(y + i, v); \
+        } \
+        if (i < n) { \
+            size_t bytes = (size_t)(n - i) * sizeof *y; \
+            float x[8] = {0}, u[8] = {0}; \
+            memcpy(x, gate + i, bytes); \
+            memcpy(u, up + i, bytes); \
+            _mm256_storeu_ps(x, function8(_mm256_loadu_ps(x), _mm256_loadu_ps(u))); \
+            memcpy(y + i, x, bytes); \
+        } \
+    }
 GATED(silu_mul, silu_mul8)
 GATED(gelu_mul, gelu_mul8)
 

@@ -68,9 +68,8 @@ static void unpack(int8_t codes[512], const fl_linear *w, size_t group) {
 }
 
 /* y[16] += one group's part for one token. `x` holds 8 dwords of 4 codes, `width` apart. */
-static void add_group(float *y, const int8_t codes[512], const float scale[16],
-                      const float min[16], const int32_t *x, size_t width, float scale_x,
-                      int32_t sum) {
+static void add_group(float *y, const int8_t codes[512], const float scale[16], const float min[16],
+                      const int32_t *x, size_t width, float scale_x, int32_t sum) {
     int32_t dot[FL_BLOCK_ROWS] = {0};
     for (size_t k4 = 0; k4 < 8; k4++) {
         int8_t four[4];

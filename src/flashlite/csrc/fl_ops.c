@@ -98,8 +98,8 @@ static void quantize_rows(fl_thread *t, const float *x, size_t stride, int32_t c
 
 /* ---- embedding and rotary angles ---- */
 
-static void look_up(const fl_thread *t, const fl_table *table, int32_t token, float scale,
-                    float *x, int32_t d) {
+static void look_up(const fl_thread *t, const fl_table *table, int32_t token, float scale, float *x,
+                    int32_t d) {
     if (table->halves != FL_NONE) {
         const uint16_t *row =
             (const uint16_t *)(t->engine->weights + table->halves) + (size_t)token * (size_t)d;
@@ -137,15 +137,14 @@ static void sin_cos(double angle, float *sine, float *cosine) {
     double r = (angle - (double)quarter * 1.57079632679489655800) -
                (double)quarter * 6.12323399573676603587e-17;
     double z = r * r;
-    double s = r + r * z *
-                       (-1.0 / 6 + z * (1.0 / 120 +
-                                        z * (-1.0 / 5040 + z * (1.0 / 362880 +
-                                                                z * (-1.0 / 39916800)))));
-    double c = 1.0 +
-               z * (-0.5 + z * (1.0 / 24 +
-                                z * (-1.0 / 720 +
-                                     z * (1.0 / 40320 +
-                                          z * (-1.0 / 3628800 + z * (1.0 / 479001600))))));
+    double s =
+        r + r * z *
+                (-1.0 / 6 +
+                 z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 + z * (-1.0 / 39916800)))));
+    double c =
+        1.0 + z * (-0.5 + z * (1.0 / 24 +
+                               z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800 +
+                                                                         z * (1.0 / 479001600))))));
     double sines[4] = {s, c, -s, -c};
     *sine = (float)sines[quarter & 3];
     *cosine = (float)sines[(quarter + 1) & 3];
@@ -276,8 +275,7 @@ void fl_attend(fl_thread *t, int32_t layer, int32_t window) {
     int32_t tokens = FL_MAX_QUERIES / heads;
     uint32_t turn = 0;
     for (int32_t i0 = 0, i1; i0 < n; i0 = i1) {
-        for (i1 = i0 + 1; i1 < n && i1 < i0 + tokens && b->sequences[i1] == b->sequences[i0];)
-            i1++;
+        for (i1 = i0 + 1; i1 < n && i1 < i0 + tokens && b->sequences[i1] == b->sequences[i0];) i1++;
         for (int32_t head = 0; head < kv_heads; head++) {
             for (int32_t h = 0; h < per_kv; h += heads) {
                 if (turn++ % t->engine->n_threads != t->id) continue;
@@ -338,9 +336,7 @@ void fl_project_heads_norm(fl_thread *t, const fl_packed *w, size_t weight, floa
     project_norm(t, w, quantize_heads(t), weight, eps);
 }
 
-void fl_project_hidden(fl_thread *t, const fl_packed *w) {
-    project(t, w, &t->engine->hidden_act);
-}
+void fl_project_hidden(fl_thread *t, const fl_packed *w) { project(t, w, &t->engine->hidden_act); }
 
 void fl_project_hidden_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps) {
     project_norm(t, w, &t->engine->hidden_act, weight, eps);
@@ -375,8 +371,8 @@ void fl_gated(fl_thread *t, const fl_packed *gate, const fl_packed *up, fl_activ
         for (int32_t group = mine.first; group < mine.last; group++) {
             int32_t block0 = group * blocks_per_group, block1 = block0 + blocks_per_group;
             if (block1 > g.blocks) block1 = g.blocks;
-            int32_t cols = g.rows - group * FL_GROUP < FL_GROUP ? g.rows - group * FL_GROUP
-                                                               : FL_GROUP;
+            int32_t cols =
+                g.rows - group * FL_GROUP < FL_GROUP ? g.rows - group * FL_GROUP : FL_GROUP;
             k->gemm(t->gate, FL_GROUP, &g, block0, block1, &t->input, t->panel);
             k->gemm(t->up, FL_GROUP, &u, block0, block1, &t->input, t->panel);
             for (int32_t i = 0; i < n; i++) {

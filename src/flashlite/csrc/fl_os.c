@@ -24,8 +24,7 @@ void *fl_os_reserve(size_t bytes) {
 #if defined(_WIN32)
     return VirtualAlloc(NULL, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
 #else
-    void *memory =
-        mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return memory == MAP_FAILED ? NULL : memory;
 #endif
 }
@@ -89,8 +88,7 @@ void fl_event_wait(fl_event *event, uint32_t seen) {
         syscall(SYS_futex, &event->value, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
 #else
     pthread_mutex_lock(&event->mutex);
-    while (atomic_load(&event->value) == seen)
-        pthread_cond_wait(&event->changed, &event->mutex);
+    while (atomic_load(&event->value) == seen) pthread_cond_wait(&event->changed, &event->mutex);
     pthread_mutex_unlock(&event->mutex);
 #endif
     atomic_fetch_sub(&event->sleepers, 1);
