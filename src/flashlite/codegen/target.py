@@ -30,9 +30,10 @@ _ISA_FLAGS = {
     "plain": (),
     "fp32": (),
 }
+_AVX2 = {"avx2", "fma", "f16c"}
 _ISA_CPUINFO = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
-    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+    "avx2": _AVX2,
 }
 _SUFFIX = {"linux": ".so", "macos": ".dylib", "windows": ".dll"}
 
