@@ -8,8 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import flashlite
-
 __all__ = ["commit", "describe_machine"]
 
 
@@ -31,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of a source checkout, with `+` when files differ; None when installed."""
-    root = Path(flashlite.__file__).parents[2]
+    root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
     try:
