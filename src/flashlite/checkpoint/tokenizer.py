@@ -49,6 +49,7 @@ def _byte_letters() -> tuple[str, ...]:
 
 BYTE_LETTERS = _byte_letters()
 _LETTER_BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -190,12 +191,12 @@ class Tokenizer:
         """
         try:
             ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character "
-                f"{error.start}, which is not Unicode; remove it"
-            ) from None
         except BaseException as error:
+            if lone := _SURROGATE.search(text):
+                raise TokenizerError(
+                    f"text holds the lone surrogate U+{ord(lone[0]):04X} at character "
+                    f"{lone.start()}, which is not Unicode; remove it"
+                ) from None
             raise _library_error(error, "text cannot be tokenized") from None
         if not self._control.isdisjoint(ids):
             found = next(id_ for id_ in ids if id_ in self._control)
