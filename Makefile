@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL := smollm2-135m-instruct
 PINS := pyproject.toml constraints.txt
 
@@ -26,7 +26,8 @@ help: ## list the targets
 	    awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 run: .venv/.run $(COMPILER) ## install, pull, quantize, compile and ask a question
-	@$(BIN)/flashlite chat $(MODEL) --system "You are a helpful assistant." -p "What is the capital of France?"
+	@$(BIN)/flashlite chat $(MODEL) \
+	    --system "Answer in one short English sentence." -p "What is the capital of France?"
 
 test: .venv/.dev $(COMPILER) ## the whole test suite (15 minutes at most)
 	@$(BIN)/flashlite pull $(MODEL)
@@ -36,7 +37,7 @@ accept: .venv/.oracle $(COMPILER) ## slow checks against peers and larger models
 	@$(BIN)/flashlite pull $(MODEL)
 	@$(BIN)/flashlite pull gemma-3-270m --accept-license
 	@$(BIN)/flashlite pull qwen2.5-coder-1.5b-instruct
-	@$(BIN)/python -m pytest -q -m accept -o timeout=0 -o session_timeout=0
+	@$(BIN)/python -m pytest -q -m accept -o timeout=0 -o session_timeout=86400
 
 lint: .venv/.dev ## what continuous integration checks before the tests
 	@$(BIN)/ruff check
@@ -85,8 +86,8 @@ clean: ## remove everything make made here (pulled models and builds in your hom
 	@touch $@ .venv/.run
 
 .venv/.oracle: $(PINS) | .venv/.dev
-	@echo "installing the reference implementations into .venv"
-	@$(PIP) -e '.[serve,dev,oracle]'
+	@echo "installing the reference implementations and zig into .venv"
+	@$(PIP) -e '.[serve,dev,oracle,compiler]'
 	@touch $@
 
 .venv/.compiler: $(PINS) | .venv/bin/python

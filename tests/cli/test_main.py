@@ -19,6 +19,7 @@ import pytest
 import flashlite
 from flashlite.cli import language, main, output
 from flashlite.errors import ContextOverflow, MissingExtra, PullError, UsageError
+from flashlite.runtime.memory import format_size
 
 SOURCES = Path(flashlite.__file__).parent
 ES = json.loads((SOURCES / "cli/es.json").read_text(encoding="utf-8"))
@@ -194,7 +195,7 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
 
 
 def test_sizes_are_decimal() -> None:
-    sizes = [output.size(n) for n in (0, 999, 1000, 98_362_432, 1_117_320_768)]
+    sizes = [format_size(n) for n in (0, 999, 1000, 98_362_432, 1_117_320_768)]
     assert sizes == ["0 B", "999 B", "1.0 kB", "98.4 MB", "1.1 GB"]
     assert [output.count(n) for n in (12, 49_152, 134_515_008)] == ["12", "49.2 k", "134.5 M"]
 
@@ -249,6 +250,21 @@ def test_errors_and_help_come_in_spanish(
     assert "Usa solo lo que hay en esta máquina." in shown
 
 
+@pytest.mark.parametrize("verb", main.VERBS)
+def test_the_help_of_every_verb_is_spanish_throughout(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = import_module(f"flashlite.cli.{verb}").command
+    options = (param for param in command.params if isinstance(param, click.Option))
+    texts = [(option.help or "").partition("  [")[0] for option in options]
+    texts += [part for part in command.help.split("\n\n") if not part.startswith("\b")]
+    monkeypatch.setenv("LANG", "es_ES.UTF-8")
+    english = [
+        text for text in texts if text and language.translate(" ".join(text.split())) == text
+    ]
+    assert english == []
+
+
 def templates(sources: Path) -> Iterator[str]:
     """Every text in the sources, with {} for what an f-string fills in."""
     for path in sources.rglob("*.py"):
@@ -263,7 +279,11 @@ def templates(sources: Path) -> Iterator[str]:
 
 
 def test_the_catalogue_translates_only_what_is_still_said() -> None:
-    said = set(templates(SOURCES))
+    said: set[str] = set()
+    for text in templates(SOURCES):
+        words, bracket, rest = text.partition("  [")
+        paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+        said |= {text, words, bracket.strip() + rest, *paragraphs}
     # click names its fields: "No such option: {name}".
     for text in templates(Path(click.__file__).parent):
         try:
@@ -272,7 +292,14 @@ def test_the_catalogue_translates_only_what_is_still_said() -> None:
             continue
         said.add("".join(lead + ("{}" if field is not None else "") for lead, field, _, _ in parts))
     # click puts these together from pieces.
-    said |= {"Usage: ", "[required]", "[default: {}]", "Missing argument {}.", "Missing option {}."}
+    said |= {
+        "Usage: ",
+        "Examples:",
+        "[required]",
+        "[default: {}]",
+        "Missing argument {}.",
+        "Missing option {}.",
+    }
     assert sorted(set(ES) - said) == []
 
 

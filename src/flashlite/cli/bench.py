@@ -9,6 +9,7 @@ import click
 
 from flashlite.cli import options, output
 from flashlite.errors import UsageError
+from flashlite.runtime.memory import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -147,5 +148,5 @@ def _table(figures: Mapping[str, Figures]) -> str:
         rows.append([f"{measure} tokens/s", f"{speed:.1f}", *theirs, *times])
     blank = [""] * len(peers)
     rows.append(["open s", *(f"{f.open_seconds:.2f}" for f in figures.values()), *blank])
-    rows.append(["peak RSS", *(output.size(f.peak_bytes) for f in figures.values()), *blank])
+    rows.append(["peak RSS", *(format_size(f.peak_bytes) for f in figures.values()), *blank])
     return output.table(rows, ["", *figures, *(f"x {name}" for name in peers)])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flashlite.cli import options
+from flashlite.cli.language import translate
 from flashlite.errors import FlashliteError
 
 if TYPE_CHECKING:
@@ -76,6 +77,6 @@ def _converse(model: Model, start: list[dict[str, str]], params: SamplingParams)
         except FlashliteError as error:
             if not interactive:
                 raise
-            click.echo(f"flashlite: {error}", err=True)
+            click.echo(f"flashlite: {translate(str(error))}", err=True)
             continue
         messages = [*asked, {"role": "assistant", "content": answer.text}]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flashlite.cli import output
+from flashlite.runtime.memory import format_size
 
 if TYPE_CHECKING:
     from flashlite.artifact.format import Artifact
@@ -42,7 +43,7 @@ def command(model: str, tensors: bool, as_json: bool) -> None:
     click.echo(output.table([(name, _shown(name, value)) for name, value in found.items()]))
     click.echo()
     rows = [
-        (kind["type"], kind["tensors"], output.count(kind["values"]), output.size(kind["bytes"]))
+        (kind["type"], kind["tensors"], output.count(kind["values"]), format_size(kind["bytes"]))
         for kind in kinds
     ]
     click.echo(output.table(rows, ("type", "tensors", "values", "size")))
@@ -160,7 +161,7 @@ def _folder_size(folder: Path) -> int:
 
 def _shown(name: str, value: object) -> str:
     if name == "bytes":
-        return output.size(int(str(value)))
+        return format_size(int(str(value)))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else str(value)

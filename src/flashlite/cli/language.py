@@ -50,7 +50,9 @@ class HelpFormatter(click.HelpFormatter):
     def write_text(self, text: str) -> None:
         """Write paragraphs; one that begins with a \\b keeps its lines."""
         paragraphs = [
-            part if part.startswith("\b") else translate(" ".join(part.split()))
+            part.replace("Examples:", translate("Examples:"))
+            if part.startswith("\b")
+            else translate(" ".join(part.split()))
             for part in text.split("\n\n")
         ]
         super().write_text("\n\n".join(paragraphs))

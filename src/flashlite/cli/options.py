@@ -29,7 +29,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
-    ("max_tokens", int, "Stop after this many tokens.  [default: until the context is full]"),
+    ("max_tokens", int, "Stop after this many tokens.  [default: 512]"),
     ("temperature", float, "0 takes the most likely token; 0.7 varies.  [default: 0]"),
     ("top_k", int, "Draw among the K most likely; 0 is off."),
     ("top_p", float, "Draw among the most likely that reach this probability; 1 is off."),
@@ -40,6 +40,7 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("seed", int, "Makes drawing repeatable."),
     ("logprobs", int, "Report the N likeliest tokens at each step (with --json)."),
 )
+MAX_TOKENS = 512  # a small model that loops would go on to the end of its context
 _RUNNING = ("max_mem", "max_sequence_length", "threads", "preset", "isa", "offline",
             "accept_license", "enable_integrity_check")  # fmt: skip
 
@@ -113,7 +114,8 @@ def stages() -> Iterator[Progress]:
 
 
 def sampling_params(flags: Mapping[str, Any]) -> SamplingParams:
-    """The checked `SamplingParams` of the given flags; flags not given keep its defaults.
+    """The checked `SamplingParams` of the given flags; flags not given keep its defaults, except
+    that an answer ends after `MAX_TOKENS`.
 
     Raises:
         UsageError: a value is outside its range.
@@ -122,7 +124,9 @@ def sampling_params(flags: Mapping[str, Any]) -> SamplingParams:
 
     given = {name: flags[name] for name, _, _ in _SAMPLING if flags[name] is not None}
     params = SamplingParams(
-        **given, stop=tuple(flags["stop"]), logit_bias=_parse_bias(flags["logit_bias"])
+        **{"max_tokens": MAX_TOKENS, **given},
+        stop=tuple(flags["stop"]),
+        logit_bias=_parse_bias(flags["logit_bias"]),
     )
     params.check()
     return params
@@ -154,6 +158,9 @@ def generate(model: Model, ids: Sequence[int], params: SamplingParams, *, echo: 
             click.echo(piece.text, nl=False)
     if echo:
         click.echo()
+    if echo and generation.finish_reason == "length":
+        n = len(generation.generated)
+        output.note(f"[stopped after {n} tokens, the limit: --max-tokens or the context]")
     return summarize(generation, pieces)
 
 

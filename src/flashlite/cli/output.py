@@ -13,7 +13,9 @@ from typing import Any
 
 import click
 
-__all__ = ["count", "emit", "json_option", "note", "printable", "progress", "size", "table"]
+from flashlite.cli.language import translate
+
+__all__ = ["count", "emit", "json_option", "note", "printable", "progress", "table"]
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout."
@@ -26,22 +28,13 @@ def emit(data: Mapping[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    """Say something beside the answer, on stderr."""
-    click.echo(text, err=True)
+    """Say something beside the answer, on stderr, in the user's language."""
+    click.echo(translate(text), err=True)
 
 
 def printable(text: str) -> str:
     """`text` without what would steer a terminal: names in model files are not trusted."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def size(n_bytes: float) -> str:
-    """Bytes in decimal units: `98.4 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n_bytes) < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
 
 
 def count(n: float) -> str:

@@ -7,6 +7,7 @@ import click
 from flashlite.checkpoint.known_models import KNOWN_MODELS
 from flashlite.checkpoint.pull import pull
 from flashlite.cli import output
+from flashlite.runtime.memory import format_size
 
 __all__ = ["command"]
 
@@ -37,6 +38,6 @@ def command(model: str, accept_license: bool, offline: bool, as_json: bool) -> N
             }
         )
         return
-    click.echo(f"{pulled.name}: {pulled.path} ({output.size(n_bytes)})")
+    click.echo(f"{pulled.name}: {pulled.path} ({format_size(n_bytes)})")
     if pulled.licence:
         click.echo(f"licence: {pulled.licence} {pulled.licence_url or ''}".rstrip())

@@ -8,6 +8,7 @@ import click
 
 from flashlite.cli import options, output
 from flashlite.errors import UsageError
+from flashlite.runtime.memory import format_size
 
 __all__ = ["command"]
 
@@ -64,4 +65,4 @@ def command(
     if as_json:
         output.emit(figures)
     else:
-        click.echo(f"{artifact.path}: {output.size(artifact.weights_size)} of weights ({preset})")
+        click.echo(f"{artifact.path}: {format_size(artifact.weights_size)} of weights ({preset})")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from flashlite.cli import options
+from flashlite.cli import options, output
 from flashlite.errors import MissingExtra
 
 __all__ = ["command"]
@@ -40,5 +40,5 @@ def command(model: str, port: int, max_sequences: int, **flags: Any) -> None:
         raise MissingExtra("flashlite serve", "serve") from None
     with options.stages() as progress:
         loaded = options.load_model(model, flags, progress, max_sequences=max_sequences)
-    click.echo(f"{loaded.name} on http://127.0.0.1:{port}/v1 (Ctrl-C to stop)", err=True)
+    output.note(f"{loaded.name} on http://127.0.0.1:{port}/v1 (Ctrl-C to stop)")
     serve(loaded, port=port)

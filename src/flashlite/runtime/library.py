@@ -104,6 +104,7 @@ class CDraw(ctypes.Structure):
         ("top_ids", c_void_p),
         ("top_logprobs", c_void_p),
         ("n_top", c_uint32),
+        ("skip_logprob", c_uint32),
     ]
 
 

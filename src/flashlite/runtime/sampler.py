@@ -20,7 +20,7 @@ class Drawn:
     """One drawn token and what else was likely."""
 
     token: int
-    logprob: float  # natural logarithm, under penalties and bias, at temperature 1
+    logprob: float  # natural, under penalties and bias, at temperature 1; 0 when not asked for
     top: tuple[tuple[int, float], ...]  # (token, logprob), most likely first
 
 
@@ -68,6 +68,7 @@ class Sampler:
             top_ids=self._top_ids.ctypes.data,
             top_logprobs=self._top_logprobs.ctypes.data,
             n_top=n_top,
+            skip_logprob=params.logprobs is None,
         )
 
     def draw(self, logits: NDArray[np.float32]) -> Drawn:
