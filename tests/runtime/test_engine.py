@@ -73,6 +73,20 @@ def test_in_int8_every_family_stays_near_the_oracle(
     assert np.abs(expected - got).mean() <= 0.03 * scale
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_instruction_set_gives_the_same_bits(
+    make_small: Callable[[Path, str], Small], family: str
+) -> None:
+    small = make_small(HERE / "fixtures/families" / family, "import")
+    ids = small.ids(min(70, small.artifact.spec.max_context))
+    logits = []
+    for isa in filter(runs, ("plain", "avx2", "avx512")):
+        with small.open(isa) as engine:
+            logits.append(all_logits(engine, engine.new_sequence(len(ids)), ids))
+    for other in logits[1:]:
+        np.testing.assert_array_equal(logits[0], other)
+
+
 @pytest.mark.parametrize("isa", INTEGER_ISAS)
 def test_decode_equals_prefill(small: Small, isa: str) -> None:
     ids = small.ids(100)
@@ -80,8 +94,8 @@ def test_decode_equals_prefill(small: Small, isa: str) -> None:
         whole = all_logits(engine, engine.new_sequence(100), ids)
         single = all_logits(engine, engine.new_sequence(100), ids, chunk=1)
         odd = all_logits(engine, engine.new_sequence(100), ids, chunk=7)
-    np.testing.assert_allclose(single, whole, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(odd, whole, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(single, whole)
+    np.testing.assert_array_equal(odd, whole)
 
 
 def test_threads_do_not_change_the_result(small: Small) -> None:

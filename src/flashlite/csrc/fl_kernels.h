@@ -1,7 +1,7 @@
 /* flashlite: the kernels, one table of functions per instruction set.
  *
  * fl_kernels_plain.c is always built and is the oracle: every other table must equal it bit for
- * bit in its integer part. All functions are single-threaded, pure (no globals, no allocation) and
+ * bit (the FP32 test build excepted). All functions are single-threaded, pure (no globals, no allocation) and
  * trust their arguments; fl_engine.c checks what comes from outside.
  *
  * Weights are packed in blocks of 16 rows x 32 columns ("groups" of 32 columns; rows and columns

@@ -44,7 +44,7 @@ INLINE float max_lane(__m256 v) {
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 
-/* Halves are added to halves, the order of fl_plain_rmsnorm. */
+/* fl_fold of what is left after its first step. */
 INLINE float sum_lanes(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -576,7 +576,7 @@ static void softmax_page(const attention *a, int32_t i, span seen) {
     const __m256 lowest = _mm256_set1_ps(-FLT_MAX);
     const __m256i low = _mm256_set1_epi32(seen.low - 1), high = _mm256_set1_epi32(seen.high + 1);
     float *p = a->p + i * 32;
-    __m256 s[4], keep[4], top = _mm256_set1_ps(a->m[i]), total = _mm256_setzero_ps();
+    __m256 s[4], keep[4], top = _mm256_set1_ps(a->m[i]);
     UNROLL for (int j = 0; j < 4; j++) {
         __m256i t =
             _mm256_add_epi32(_mm256_set1_epi32(8 * j), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -588,11 +588,11 @@ static void softmax_page(const attention *a, int32_t i, span seen) {
     float m = max_lane(top);
     UNROLL for (int j = 0; j < 4; j++) {
         s[j] = _mm256_and_ps(exp8(_mm256_sub_ps(s[j], _mm256_set1_ps(m))), keep[j]);
-        total = _mm256_add_ps(total, s[j]);
         _mm256_storeu_ps(p + 8 * j, s[j]);
     }
     a->factor[i] = fl_exp(a->m[i] - m);
     a->m[i] = m;
+    __m256 total = _mm256_add_ps(_mm256_add_ps(s[0], s[2]), _mm256_add_ps(s[1], s[3]));
     a->sum[i] = fl_fma(a->sum[i], a->factor[i], sum_lanes(total));
 }
 
@@ -697,8 +697,8 @@ static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, con
     for (int32_t i = 0; i < n_q; i++) {
         const float *acc = a.acc + (size_t)i * a.dim;
         float *to = out + (size_t)i * (size_t)kv->head_dim;
-        float scale = a.sum[i] > 0.0f ? 1.0f / a.sum[i] : 0.0f; /* no positions: zeros */
-        for (int32_t c = 0; c < kv->head_dim; c++) to[c] = acc[c] * scale;
+        float sum = first[i] > last[i] ? 1.0f : a.sum[i]; /* a query that sees nothing gets 0 */
+        for (int32_t c = 0; c < kv->head_dim; c++) to[c] = acc[c] / sum;
     }
 }
 

@@ -28,7 +28,7 @@ static void unpack(float weights[FL_GROUP][FL_BLOCK_ROWS], const fl_linear *w, s
                 uint8_t pair = w->codes[group * 256 + c / 8 * 64 + r * 4 + c % 4];
                 code = (c % 8 < 4 ? pair & 15 : pair >> 4) - (w->format == FL_Q4 ? 8 : 0);
             }
-            weights[c][r] = fl_fma((float)code, scale, min);
+            weights[c][r] = (float)code * scale + min;
         }
     }
 }
@@ -51,7 +51,7 @@ static void multiply(float *y, size_t stride, const fl_linear *w, int32_t block0
                 float sum[FL_BLOCK_ROWS] = {0};
                 for (size_t c = 0; c < FL_GROUP; c++) {
                     for (size_t r = 0; r < FL_BLOCK_ROWS; r++) {
-                        sum[r] = fl_fma(weights[c][r], x[c * width], sum[r]);
+                        sum[r] += weights[c][r] * x[c * width];
                     }
                 }
                 for (size_t r = 0; r < FL_BLOCK_ROWS; r++) y[t * stride + r] += sum[r];
@@ -94,17 +94,17 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
         float scores[32] = {0};
         for (size_t c = 0; c < dim; c++) {
             for (size_t t = 0; t < 32; t++) {
-                scores[t] = fl_fma(q[c], keys[c * 32 + t], scores[t]);
+                scores[t] += q[c] * keys[c * 32 + t];
             }
         }
         float factor = fl_softmax_page(scores, low, high, &m, &sum);
         for (size_t c = 0; c < dim; c++) out[c] *= factor;
         for (int32_t t = low; t <= high; t++) {
             const float *v = values + (size_t)t * dim;
-            for (size_t c = 0; c < dim; c++) out[c] = fl_fma(scores[t], v[c], out[c]);
+            for (size_t c = 0; c < dim; c++) out[c] += scores[t] * v[c];
         }
     }
-    for (size_t c = 0; c < dim; c++) out[c] *= 1.0f / sum;
+    for (size_t c = 0; c < dim; c++) out[c] /= sum;
 }
 
 static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,

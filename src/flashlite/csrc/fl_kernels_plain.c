@@ -78,7 +78,9 @@ static void add_group(float *y, const int8_t codes[512], const float scale[16], 
     }
     for (size_t r = 0; r < FL_BLOCK_ROWS; r++) {
         y[r] = fl_fma((float)dot[r], scale[r] * scale_x, y[r]);
-        if (min) y[r] = fl_fma(min[r], scale_x * (float)sum, y[r]);
+    }
+    for (size_t r = 0; min && r < FL_BLOCK_ROWS; r++) {
+        y[r] = fl_fma(min[r], scale_x * (float)sum, y[r]);
     }
 }
 
@@ -208,7 +210,7 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
         for (int32_t c = 0; c < dim; c++) out[c] *= factor;
         for (int32_t t = low; t <= high; t++) add_value(out, &page, dim, t, scores[t]);
     }
-    for (int32_t c = 0; c < dim; c++) out[c] *= 1.0f / sum;
+    for (int32_t c = 0; c < dim; c++) out[c] /= sum;
 }
 
 static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
@@ -218,7 +220,7 @@ static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, con
     }
 }
 
-/* Squares are summed in 16 lanes, which are then halved: the order of every vector width. */
+/* Squares are summed in 16 lanes. */
 void fl_plain_rmsnorm(float *y, const float *x, const float *weight, int32_t n, float eps) {
     float lanes[16] = {0};
     int32_t i = 0;
@@ -226,10 +228,7 @@ void fl_plain_rmsnorm(float *y, const float *x, const float *weight, int32_t n, 
         for (int32_t j = 0; j < 16; j++) lanes[j] = fl_fma(x[i + j], x[i + j], lanes[j]);
     }
     for (; i < n; i++) lanes[i % 16] = fl_fma(x[i], x[i], lanes[i % 16]);
-    for (int32_t half = 8; half > 0; half /= 2) {
-        for (int32_t j = 0; j < half; j++) lanes[j] += lanes[j + half];
-    }
-    float scale = fl_rsqrt(lanes[0] / (float)n + eps);
+    float scale = fl_rsqrt(fl_fold(lanes) / (float)n + eps);
     for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 

@@ -1,9 +1,9 @@
 /* flashlite: the scalar arithmetic that every kernel table shares.
  *
  * No libm beyond sqrtf (exact in IEEE arithmetic): results do not depend on the C library. The
- * vector kernels use the same steps and constants, so that they agree with these to the last bit
- * wherever the target fuses multiply and add alike. Nothing here traps or is undefined for NaN or
- * infinity; compile with -ffp-contract=off.
+ * vector kernels use the same steps and constants in the same order, so that logits agree to the
+ * last bit on every target. Nothing here traps or is undefined for NaN or infinity; compile with
+ * -ffp-contract=off.
  */
 #ifndef FL_MATH_H
 #define FL_MATH_H
@@ -12,15 +12,6 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-
-/* a * b + c, fused where that is one instruction (a fused call in software costs 50 times more) */
-static inline float fl_fma(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
 
 static inline uint32_t fl_float_bits(float x) {
     uint32_t bits;
@@ -32,6 +23,28 @@ static inline float fl_bits_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+
+/* a * b + c, rounded once. Where that is no instruction: the product is exact in double, and the sum
+ * is rounded to odd there (its last bit is set when anything was lost), after which rounding to
+ * float is right. Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008. */
+static inline float fl_fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    double product = (double)a * (double)b, sum = product + (double)c, part = sum - product;
+    double lost = (product - (sum - part)) + ((double)c - part);
+    /* In integers and without branches, so that compilers do rows of these in vectors. */
+    uint64_t bits, error;
+    memcpy(&bits, &sum, sizeof bits);
+    memcpy(&error, &lost, sizeof error);
+    uint64_t inexact = ((error << 1) | (0 - (error << 1))) >> 63;
+    uint64_t finite = ~(((bits & INT64_MAX) + (1ull << 52)) >> 63);
+    uint64_t step = inexact & finite & ~bits & 1u, inward = (error ^ bits) >> 63;
+    bits += step - 2 * (step & inward);
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+#endif
 }
 
 static inline float fl_half_to_float(uint16_t half) {
@@ -114,20 +127,28 @@ static inline float fl_gelu(float x) {
     return x / (1.0f + fl_exp(FL_GELU_A * x * fl_fma(FL_GELU_B * x, x, 1.0f)));
 }
 
+/* Sum of 16 lanes, halves added to halves: the order of every vector width. */
+static inline float fl_fold(float lanes[16]) {
+    for (int32_t half = 8; half > 0; half /= 2) {
+        for (int32_t j = 0; j < half; j++) lanes[j] += lanes[j + half];
+    }
+    return lanes[0];
+}
+
 /* One page of an online softmax. `scores` of the 32 tokens of a page, of which [low, high] count,
  * become e^(score - m), 0 outside. The running maximum *m starts at -FLT_MAX and the running sum
  * *sum at 0; returns the factor by which what was summed before must be multiplied. */
 static inline float fl_softmax_page(float *scores, int32_t low, int32_t high, float *m,
                                     float *sum) {
-    float top = *m, total = 0.0f;
+    float top = *m, sums[16];
     for (int32_t t = low; t <= high; t++) top = scores[t] > top ? scores[t] : top;
     float factor = fl_exp(*m - top);
     for (int32_t t = 0; t < 32; t++) {
         scores[t] = t < low || t > high ? 0.0f : fl_exp(scores[t] - top);
-        total += scores[t];
     }
+    for (int32_t t = 0; t < 16; t++) sums[t] = scores[t] + scores[t + 16];
     *m = top;
-    *sum = fl_fma(*sum, factor, total);
+    *sum = fl_fma(*sum, factor, fl_fold(sums));
     return factor;
 }
 

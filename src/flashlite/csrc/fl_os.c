@@ -5,6 +5,9 @@
 
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(_WIN32)
 #include <windows.h>
 #else
@@ -113,17 +116,29 @@ void fl_barrier_wait(fl_barrier *barrier) {
     }
 }
 
+#if defined(__x86_64__)
+/* Whether CPU and operating system have all of the given bits. Asked here and not through
+ * __builtin_cpu_supports, which knows fewer instruction sets in some compilers' runtimes. */
+static int has_features(uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx,
+                        uint32_t saved) {
+    uint32_t a, b, c, d, b7, c7, states, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & leaf1_ecx) != leaf1_ecx) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d)) return 0;
+    if ((b7 & leaf7_ebx) != leaf7_ebx || (c7 & leaf7_ecx) != leaf7_ecx) return 0;
+    __asm__ volatile("xgetbv" : "=a"(states), "=d"(high) : "c"(0)); /* OSXSAVE is in leaf1_ecx */
+    return (states & saved) == saved;
+}
+#endif
+
 int fl_os_runs(const char *isa) {
     if (!strcmp(isa, "plain") || !strcmp(isa, "fp32")) return 1;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
-    if (!strcmp(isa, "avx2")) return avx2;
+    const uint32_t fma_osxsave_avx_f16c = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;
+    const uint32_t avx2 = 1u << 5, f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    const uint32_t vnni = 1u << 11, ymm = 0x6, zmm = 0xe6; /* registers that the system saves */
+    if (!strcmp(isa, "avx2")) return has_features(fma_osxsave_avx_f16c, avx2, 0, ymm);
     if (!strcmp(isa, "avx512"))
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vnni");
+        return has_features(fma_osxsave_avx_f16c, avx2 | f_dq_bw_vl, vnni, zmm);
 #endif
     return 0;
 }
