@@ -130,7 +130,8 @@ class CAct(ctypes.Structure):
         ("groups", ctypes.c_int32),
         ("codes", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
-        ("sum", ctypes.c_void_p),
+        ("moment", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
     ]
 
 
@@ -292,7 +293,8 @@ class Activations:
         steps, dtype = (GROUP, np.float32) if fp32 else (8, np.int32)
         self.codes = aligned((tiles, self.groups * steps, self.width), dtype)
         self.scale = aligned((tiles, self.groups, self.width), np.float32)
-        self.sum = aligned((tiles, self.groups, self.width), np.int32)
+        self.moment = aligned((tiles, self.groups, self.width), np.float32)
+        self.offset = aligned((tiles, self.groups, self.width), np.int32)
 
     def c(self) -> CAct:
         return CAct(
@@ -301,11 +303,12 @@ class Activations:
             self.groups,
             self.codes.ctypes.data,
             self.scale.ctypes.data,
-            self.sum.ctypes.data,
+            self.moment.ctypes.data,
+            self.offset.ctypes.data,
         )
 
     def fill(self, codes: npt.NDArray[Any], scale: npt.NDArray[Any]) -> None:
-        """Set codes [n, cols] (s8) and scales [n, groups]; sums follow."""
+        """Set codes [n, cols] (s8) and scales [n, groups]; the rest follows."""
         whole = np.zeros((self.n, self.groups * GROUP), np.int8)
         whole[:, : self.cols] = codes
         dwords = whole.view(np.int32)
@@ -314,7 +317,8 @@ class Activations:
             tile, lane = divmod(t, self.width)
             self.codes[tile, :, lane] = dwords[t]
             self.scale[tile, :, lane] = scale[t]
-            self.sum[tile, :, lane] = sums[t]
+            self.moment[tile, :, lane] = scale[t] * sums[t].astype(np.float32)
+            self.offset[tile, :, lane] = -128 * sums[t]
 
     def true_codes(self) -> I32:
         """The codes as [n, groups * 32]."""
@@ -322,7 +326,7 @@ class Activations:
         return by_token.view(np.int8)[: self.n].astype(np.int32)
 
     def true(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """`scale` or `sum` as [n, groups]."""
+        """`scale`, `moment` or `offset` as [n, groups]."""
         by_token: npt.NDArray[Any] = array.transpose(0, 2, 1).reshape(-1, self.groups)
         return by_token[: self.n]
 
@@ -408,15 +412,15 @@ class Kernels:
         return y
 
     def gemm(self, w: Linear, act: Activations, *, block0: int = 0, block1: int = -1) -> F32:
-        """y [tokens of whole tiles, rows of the blocks]."""
+        """y [n, rows of the blocks]."""
         block1 = w.blocks if block1 < 0 else block1
-        tokens, rows = _up(act.n, TILE), (block1 - block0) * BLOCK_ROWS
-        y = np.full((tokens, rows + 3), np.nan, np.float32)
+        rows = (block1 - block0) * BLOCK_ROWS
+        y = np.full((act.n + 1, rows + 3), np.nan, np.float32)
         panel = aligned(w.groups * (2 * 512 + 4 * 64) + 64, np.uint8)
         self.table.gemm(y.ctypes.data, rows + 3, w.c(), block0, block1, act.c(), panel.ctypes.data)
-        if not np.isnan(y[:, rows:]).all():
-            raise RuntimeError("gemm wrote past its rows")
-        return y[:, :rows]
+        if not np.isnan(y[:, rows:]).all() or not np.isnan(y[-1]).all():
+            raise RuntimeError("gemm wrote past its rows or tokens")
+        return y[:-1, :rows]
 
     def store_kv(self, pages: Pages, position: int, k: F32, v: F32) -> None:
         k, v = (np.ascontiguousarray(a, np.float32) for a in (k, v))
@@ -427,7 +431,7 @@ class Kernels:
         q = np.ascontiguousarray(q, np.float32)
         low, high = (np.ascontiguousarray(a, np.int32) for a in (first, last))
         out = np.full_like(q, np.nan)
-        scratch = aligned(32 * ((pages.head_dim + 32) * 8 + 128 + 256) + 4096, np.uint8)
+        scratch = aligned(32 * ((pages.head_dim + 32) * 8 + 512) + 12288, np.uint8)
         self.table.attend(
             out.ctypes.data,
             pages.c(),

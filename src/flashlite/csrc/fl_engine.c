@@ -45,7 +45,8 @@ static fl_act carve_act(fl_carver *c, int32_t groups, size_t rows, int fp32) {
     act.groups = groups;
     act.codes = carve(c, cells * FL_GROUP * (fp32 ? sizeof(float) : 1));
     act.scale = carve(c, cells * sizeof(float));
-    act.sum = carve(c, cells * sizeof(int32_t));
+    act.moment = carve(c, cells * sizeof(float));
+    act.offset = carve(c, cells * sizeof(int32_t));
     return act;
 }
 
@@ -74,8 +75,8 @@ static size_t lay_out(fl_engine *e, uint8_t *memory, uint32_t n_threads) {
         fl_thread t = {.engine = e, .id = i};
         t.own = carve_act(&c, s->in_groups, 1, fp32);
         t.row = carve(&c, (size_t)s->in_groups * FL_GROUP * f);
-        t.gate = carve(&c, rows * FL_GROUP * f);
-        t.up = carve(&c, rows * FL_GROUP * f);
+        t.gate = carve(&c, rows * FL_GATED_COLS * f);
+        t.up = carve(&c, rows * FL_GATED_COLS * f);
         t.queries = carve(&c, (size_t)FL_MAX_QUERIES * (size_t)m->head_dim * f);
         t.answers = carve(&c, (size_t)FL_MAX_QUERIES * (size_t)m->head_dim * f);
         t.panel = carve(&c, FL_PANEL_BYTES(panel_groups));

@@ -20,8 +20,8 @@
  * Activations are quantized per token and group of 32: scale = max|x| / 127 (0 where all are 0),
  * code = round-half-even(x / scale) in -127..127. A group's dot product is the exact integer
  *   q8, q4: D = sum (signed code) * x      q4m: D = sum (unsigned code) * x,  S = sum x
- * and y = sum over groups in rising order, in float:
- *   acc = fma((float)D, scale_w * scale_x, acc);  q4m then: acc = fma(min_w, scale_x * (float)S, acc)
+ * and y = sum over groups in rising order, in float, with moment = scale_x * (float)S:
+ *   acc = fma((float)D, scale_w * scale_x, acc);  q4m then: acc = fma(min_w, moment, acc)
  */
 #ifndef FL_KERNELS_H
 #define FL_KERNELS_H
@@ -51,14 +51,14 @@ typedef struct {
 /* Quantized activations of `n` tokens, packed in tiles of `width` tokens (1 when n is 1, else
  * FL_TILE; the last tile is padded with zero tokens).
  *   codes [tile][groups * 8][width] int32, each 4 s8 codes of consecutive columns
- *   scale [tile][groups][width]
- *   sum   [tile][groups][width]  S above
- * In the FP32 test build `codes` holds floats, [tile][groups * 32][width], and scale, sum unused. */
+ *   scale, moment [tile][groups][width] as above
+ *   offset [tile][groups][width]  -128 S: where a product with codes raised by 128 begins
+ * In the FP32 test build `codes` holds floats, [tile][groups * 32][width], and the rest is unused. */
 typedef struct {
     int32_t n, width, groups;
     int32_t *codes;
-    float *scale;
-    int32_t *sum;
+    float *scale, *moment;
+    int32_t *offset;
 } fl_act;
 
 /* Where one sequence's keys and values of one KV head of one layer lie.
@@ -95,7 +95,7 @@ typedef struct {
     void (*gemv)(float *y, const fl_linear *w, int32_t block0, int32_t block1, const fl_act *act);
 
     /* The same for every token of act (width FL_TILE): y[t * stride + r], r counted from row
-     * 16 * block0; all tokens of whole tiles are written, padding included.
+     * 16 * block0. Whole blocks of rows are written, of the n tokens alone.
      * `panel`: FL_PANEL_BYTES(groups) scratch, 64-byte aligned, for unpacked codes. */
     void (*gemm)(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
                  const fl_act *act, void *panel);
@@ -122,9 +122,9 @@ typedef struct {
 
 /* Scratch of gemm: two row blocks, unpacked to bytes, and their scales and mins as floats. */
 #define FL_PANEL_BYTES(groups) ((size_t)(groups) * (2 * 512 + 2 * 2 * 64) + 64)
-/* Scratch of attend: quantized queries, scores of one page, running sums. */
+/* Scratch of attend: quantized queries, scores and values of one page, running sums. */
 #define FL_ATTEND_BYTES(head_dim) \
-    ((size_t)FL_MAX_QUERIES * (((size_t)(head_dim) + 32) * 8 + 32 * 4 + 64 * 4) + 4096)
+    ((size_t)FL_MAX_QUERIES * (((size_t)(head_dim) + 32) * 8 + 128 * 4) + 12288)
 
 extern const fl_kernels fl_kernels_plain;
 #if defined(FL_HAVE_AVX2)

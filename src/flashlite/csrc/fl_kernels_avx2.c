@@ -128,7 +128,8 @@ static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, con
         } else {
             act->scale[at] = 0.0f;
         }
-        act->sum[at] = sum;
+        act->offset[at] = -128 * sum;
+        act->moment[at] = act->scale[at] * (float)sum;
         UNROLL for (size_t k4 = 0; k4 < 8; k4++) to[k4 * width] = dwords[k4];
     }
 }
@@ -151,11 +152,11 @@ typedef struct {
     size_t last_steps; /* of the last group: 8, less where it is short (keys only) */
 } rows;
 
-/* Tokens: step k4 of group g at codes + (8 g + k4) * width, scales and sums at g * width. */
+/* Tokens: step k4 of group g at codes + (8 g + k4) * width, the rest at g * width. */
 typedef struct {
     const int32_t *codes;
-    const float *scale;
-    const int32_t *sum;
+    const float *scale, *moment;
+    const int32_t *offset;
 } tokens;
 
 INLINE __m256 load_scales(form f, const void *base, size_t at) {
@@ -228,8 +229,8 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
     __m256 acc[FL_TILE][2];
     UNROLL for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
     const uint8_t *codes = w->codes;
-    const int32_t *x_codes = x->codes, *x_sum = x->sum;
-    const float *x_scale = x->scale;
+    const int32_t *x_codes = x->codes, *x_offset = x->offset;
+    const float *x_scale = x->scale, *x_moment = x->moment;
     const size_t groups = w->groups;
     for (size_t g = 0; g < groups; g++) {
         __m256i dot[FL_TILE][2];
@@ -239,9 +240,9 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
         UNROLL for (int t = 0; t < n; t++) {
             __m256 sx = _mm256_set1_ps(x_scale[t]);
             if (format == FL_Q4) { /* sum (code - 8) x = sum code x - 8 sum x */
-                __m256i sum = _mm256_slli_epi32(_mm256_set1_epi32(x_sum[t]), 3);
-                dot[t][0] = _mm256_sub_epi32(dot[t][0], sum);
-                dot[t][1] = _mm256_sub_epi32(dot[t][1], sum);
+                __m256i offset = _mm256_srai_epi32(_mm256_set1_epi32(x_offset[t]), 4);
+                dot[t][0] = _mm256_add_epi32(dot[t][0], offset);
+                dot[t][1] = _mm256_add_epi32(dot[t][1], offset);
             }
             acc[t][0] =
                 _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][0]), _mm256_mul_ps(s0, sx), acc[t][0]);
@@ -251,10 +252,9 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
         if (format == FL_Q4M) {
             __m256 m0 = load_scales(f, w->mins, at), m1 = load_scales(f, w->mins, at + 8);
             UNROLL for (int t = 0; t < n; t++) {
-                __m256 sum = _mm256_mul_ps(_mm256_set1_ps(x_scale[t]),
-                                           _mm256_cvtepi32_ps(_mm256_set1_epi32(x_sum[t])));
-                acc[t][0] = _mm256_fmadd_ps(m0, sum, acc[t][0]);
-                acc[t][1] = _mm256_fmadd_ps(m1, sum, acc[t][1]);
+                __m256 moment = _mm256_set1_ps(x_moment[t]);
+                acc[t][0] = _mm256_fmadd_ps(m0, moment, acc[t][0]);
+                acc[t][1] = _mm256_fmadd_ps(m1, moment, acc[t][1]);
             }
         }
         if (width == 1) { /* decode reads each weight once, from memory */
@@ -266,7 +266,8 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
         codes += (f == NIBBLES ? 4 : 8) * pitch;
         x_codes += 8 * width;
         x_scale += width;
-        x_sum += width;
+        x_moment += width;
+        x_offset += width;
     }
     UNROLL for (int t = 0; t < n; t++) {
         _mm256_storeu_ps(y + (size_t)t * stride, acc[t][0]);
@@ -321,7 +322,7 @@ static rows view_block(const fl_linear *w, size_t block) {
 
 static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, const fl_act *act) {
     static rows16_function *const one[] = {one_q8, one_q4, one_q4m};
-    const tokens x = {act->codes, act->scale, act->sum};
+    const tokens x = {act->codes, act->scale, act->moment, act->offset};
     for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
         const rows block = view_block(w, b);
         one[w->format](y, 0, &block, &x, 1);
@@ -354,18 +355,18 @@ static rows unpack(const rows *w, void *panel) {
 /* The tokens of act from `t` on, within one tile. */
 INLINE tokens view_tokens(const fl_act *act, int32_t t) {
     size_t tile = (size_t)(t / FL_TILE * FL_TILE) * (size_t)act->groups, lane = t % FL_TILE;
-    return (tokens){act->codes + tile * 8 + lane, act->scale + tile + lane, act->sum + tile + lane};
+    size_t at = tile + lane;
+    return (tokens){act->codes + tile * 8 + lane, act->scale + at, act->moment + at,
+                    act->offset + at};
 }
 
-/* Tokens from `t` on, FEW at a time; zeros for the padding of the last tile. */
+/* Tokens from `t` on, FEW at a time. */
 static void multiply_few(float *y, size_t stride, const rows *w, const fl_act *act, int32_t t,
                          rows16_function *few) {
-    int32_t end = (act->n + FL_TILE - 1) / FL_TILE * FL_TILE;
     for (; t < act->n; t += FEW) {
         const tokens x = view_tokens(act, t);
         few(y + (size_t)t * stride, stride, w, &x, act->n - t);
     }
-    for (t = act->n; t < end; t++) memset(y + (size_t)t * stride, 0, FL_BLOCK_ROWS * sizeof *y);
 }
 
 /* What q8 needs beside its packed codes when many tokens follow, per group and row. */
@@ -512,7 +513,8 @@ typedef struct {
     int32_t head_dim, groups;
     size_t dim;          /* head_dim rounded up to 32 */
     fl_act q;            /* the queries, quantized */
-    float *m, *sum;      /* [n] running maximum and sum of the softmax */
+    float *m;            /* [n] running maximum of the softmax */
+    float *lanes;        /* [n][16] its running sum */
     float *factor;       /* [n] by which this page shrinks what came before */
     float *p;            /* [n][32] scores, then probabilities, of one page */
     float *scaled;       /* [n][32] probabilities times the value scales of one group */
@@ -533,9 +535,10 @@ static attention lay_out(void *scratch, int32_t n, int32_t head_dim) {
     a.q.groups = a.groups;
     TAKE(a.q.codes, queries * groups * 8);
     TAKE(a.q.scale, queries * groups);
-    TAKE(a.q.sum, queries * groups);
+    TAKE(a.q.moment, queries * groups);
+    TAKE(a.q.offset, queries * groups);
     TAKE(a.m, n);
-    TAKE(a.sum, n);
+    TAKE(a.lanes, n * 16);
     TAKE(a.factor, n);
     TAKE(a.p, n * 32);
     TAKE(a.scaled, n * 32);
@@ -592,8 +595,12 @@ static void softmax_page(const attention *a, int32_t i, span seen) {
     }
     a->factor[i] = fl_exp(a->m[i] - m);
     a->m[i] = m;
-    __m256 total = _mm256_add_ps(_mm256_add_ps(s[0], s[2]), _mm256_add_ps(s[1], s[3]));
-    a->sum[i] = fl_fma(a->sum[i], a->factor[i], sum_lanes(total));
+    __m256 factor = _mm256_set1_ps(a->factor[i]);
+    UNROLL for (int j = 0; j < 2; j++) {
+        float *lanes = a->lanes + i * 16 + 8 * j;
+        __m256 sum = _mm256_add_ps(s[j], s[j + 2]);
+        _mm256_storeu_ps(lanes, _mm256_fmadd_ps(_mm256_loadu_ps(lanes), factor, sum));
+    }
 }
 
 INLINE __m256 widen(const uint8_t *v) {
@@ -672,10 +679,10 @@ static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, con
     attention a = lay_out(scratch, n_q, kv->head_dim);
     int32_t page0 = INT32_MAX, page1 = -1;
     memset(a.acc, 0, (size_t)n_q * a.dim * sizeof *a.acc);
+    memset(a.lanes, 0, (size_t)n_q * 16 * sizeof *a.lanes);
     for (int32_t i = 0; i < n_q; i++) {
         quantize(&a.q, i, 0, a.groups, q + (size_t)i * (size_t)kv->head_dim, kv->head_dim);
         a.m[i] = -FLT_MAX;
-        a.sum[i] = 0.0f;
         if (first[i] > last[i]) continue;
         page0 = first[i] / 32 < page0 ? first[i] / 32 : page0;
         page1 = last[i] / 32 > page1 ? last[i] / 32 : page1;
@@ -697,7 +704,9 @@ static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, con
     for (int32_t i = 0; i < n_q; i++) {
         const float *acc = a.acc + (size_t)i * a.dim;
         float *to = out + (size_t)i * (size_t)kv->head_dim;
-        float sum = first[i] > last[i] ? 1.0f : a.sum[i]; /* a query that sees nothing gets 0 */
+        float sum = first[i] > last[i]
+                        ? 1.0f
+                        : fl_fold(a.lanes + i * 16); /* a query that sees nothing gets 0 */
         for (int32_t c = 0; c < kv->head_dim; c++) to[c] = acc[c] / sum;
     }
 }

@@ -131,22 +131,123 @@ INLINE __m256i quantize_group(float *scale, const float *x, int32_t n) {
     return encode(values, 127.0f / amax);
 }
 
+/* Largest magnitudes of four whole groups: halves of vectors are folded for all four at a time. */
+INLINE __m128 magnitudes(const __m512 x[8]) {
+    __m512 m[4];
+    UNROLL for (int g = 0; g < 4; g++) {
+        m[g] = _mm512_max_ps(_mm512_abs_ps(x[2 * g + 1]), _mm512_setzero_ps());
+        m[g] = _mm512_max_ps(_mm512_abs_ps(x[2 * g]), m[g]);
+    }
+    __m512 m01 = _mm512_max_ps(_mm512_unpacklo_ps(m[0], m[1]), _mm512_unpackhi_ps(m[0], m[1]));
+    __m512 m23 = _mm512_max_ps(_mm512_unpacklo_ps(m[2], m[3]), _mm512_unpackhi_ps(m[2], m[3]));
+    __m512 all =
+        _mm512_max_ps(_mm512_shuffle_ps(m01, m23, 0x44), _mm512_shuffle_ps(m01, m23, 0xee));
+    all = _mm512_max_ps(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+    return _mm512_castps512_ps128(_mm512_max_ps(all, _mm512_shuffle_f32x4(all, all, 0xb1)));
+}
+
+/* Codes of two whole groups, each times its factor. NaN becomes the least integer and then -127. */
+INLINE __m512i encode_pair(const __m512 x[4], __m512 factor0, __m512 factor1) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i i0 = _mm512_cvtps_epi32(_mm512_mul_ps(x[0], factor0));
+    __m512i i1 = _mm512_cvtps_epi32(_mm512_mul_ps(x[1], factor0));
+    __m512i i2 = _mm512_cvtps_epi32(_mm512_mul_ps(x[2], factor1));
+    __m512i i3 = _mm512_cvtps_epi32(_mm512_mul_ps(x[3], factor1));
+    __m512i codes = _mm512_packs_epi16(_mm512_packs_epi32(i0, i1), _mm512_packs_epi32(i2, i3));
+    codes = _mm512_max_epi8(codes, _mm512_set1_epi8(-127));
+    return _mm512_permutexvar_epi32(order, codes);
+}
+
+/* Sums of the codes of four groups, two to a vector. */
+INLINE __m128i sum_fours(__m512i codes0, __m512i codes1) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    __m512i d0 = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, codes0);
+    __m512i d1 = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, codes1);
+    __m512i s = _mm512_add_epi32(_mm512_unpacklo_epi32(d0, d1), _mm512_unpackhi_epi32(d0, d1));
+    s = _mm512_add_epi32(s, _mm512_shuffle_epi32(s, 0x4e));
+    s = _mm512_add_epi32(s, _mm512_shuffle_i32x4(s, s, 0xb1));
+    return _mm_unpacklo_epi32(_mm512_castsi512_si128(s), _mm512_extracti32x4_epi32(s, 2));
+}
+
+/* Where one token's group goes: codes `width` apart, the rest at one place. */
+typedef struct {
+    int32_t *codes, *offset;
+    float *scale, *moment;
+    size_t width;
+} slot;
+
+INLINE slot slot_at(const fl_act *act, int32_t t, int32_t g) {
+    size_t width = (size_t)act->width, tile = (size_t)t / width * (size_t)act->groups + (size_t)g;
+    size_t lane = (size_t)t % width, at = tile * width + lane;
+    return (slot){.codes = act->codes + tile * 8 * width + lane,
+                  .offset = act->offset + at,
+                  .scale = act->scale + at,
+                  .moment = act->moment + at,
+                  .width = width};
+}
+
+INLINE void quantize_one(const slot *to, const float *x, int32_t n) {
+    int32_t quads[8];
+    __m256i codes = quantize_group(to->scale, x, n);
+    int32_t sum = sum_codes(codes);
+    *to->offset = -128 * sum;
+    *to->moment = *to->scale * (float)sum;
+    _mm256_storeu_si256((__m256i *)(void *)quads, codes);
+    UNROLL for (size_t k4 = 0; k4 < 8; k4++) to->codes[k4 * to->width] = quads[k4];
+}
+
+/* Four whole groups at a time, all of magnitudes that count; 0 where one does not. */
+INLINE int quantize_four(const slot *to, const float *x) {
+    __m512 values[8];
+    UNROLL for (int i = 0; i < 8; i++) values[i] = _mm512_loadu_ps(x + 16 * i);
+    __m128 amax = magnitudes(values);
+    if (_mm_cmp_ps_mask(amax, _mm_set1_ps(FL_QUANT_TINY), _CMP_GE_OQ) != 15) return 0;
+    __m128 scale = _mm_div_ps(amax, _mm_set1_ps(127.0f));
+    __m128 inverse = _mm_div_ps(_mm_set1_ps(127.0f), amax);
+    __m512 factor[4];
+    factor[0] = _mm512_broadcastss_ps(inverse);
+    factor[1] = _mm512_broadcastss_ps(_mm_permute_ps(inverse, 0x55));
+    factor[2] = _mm512_broadcastss_ps(_mm_permute_ps(inverse, 0xaa));
+    factor[3] = _mm512_broadcastss_ps(_mm_permute_ps(inverse, 0xff));
+    __m512i codes0 = encode_pair(values, factor[0], factor[1]);
+    __m512i codes1 = encode_pair(values + 4, factor[2], factor[3]);
+    __m128i sum = sum_fours(codes0, codes1);
+    __m128i offset = _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sum, 7));
+    __m128 moment = _mm_mul_ps(scale, _mm_cvtepi32_ps(sum));
+    if (to->width == 1) {
+        _mm512_storeu_si512(to->codes, codes0);
+        _mm512_storeu_si512(to->codes + 16, codes1);
+        _mm_storeu_ps(to->scale, scale);
+        _mm_storeu_ps(to->moment, moment);
+        _mm_storeu_si128((__m128i *)(void *)to->offset, offset);
+        return 1;
+    }
+    int32_t quads[32], offsets[4];
+    float scales[4], moments[4];
+    _mm512_storeu_si512(quads, codes0);
+    _mm512_storeu_si512(quads + 16, codes1);
+    _mm_storeu_ps(scales, scale);
+    _mm_storeu_ps(moments, moment);
+    _mm_storeu_si128((__m128i *)(void *)offsets, offset);
+    for (size_t i = 0; i < 32; i++) to->codes[i * to->width] = quads[i];
+    for (size_t i = 0; i < 4; i++) {
+        to->scale[i * to->width] = scales[i];
+        to->moment[i * to->width] = moments[i];
+        to->offset[i * to->width] = offsets[i];
+    }
+    return 1;
+}
+
 static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, const float *x,
                      int32_t cols) {
-    size_t width = (size_t)act->width, lane = (size_t)t % width;
-    size_t first = (size_t)t / width * (size_t)act->groups;
-    for (int32_t g = group0; g < group1; g++, x += FL_GROUP) {
-        size_t at = (first + (size_t)g) * width + lane;
-        __m256i codes = quantize_group(&act->scale[at], x, cols - g * FL_GROUP);
-        act->sum[at] = sum_codes(codes);
-        int32_t *out = act->codes + (first + (size_t)g) * 8 * width + lane;
-        if (width == 1) {
-            _mm256_storeu_si256((__m256i *)(void *)out, codes);
-            continue;
+    for (int32_t g = group0; g < group1;) {
+        slot to = slot_at(act, t, g);
+        if (g + 4 <= group1 && (g + 4) * FL_GROUP <= cols && quantize_four(&to, x)) {
+            g += 4, x += 4 * FL_GROUP;
+        } else {
+            quantize_one(&to, x, cols - g * FL_GROUP);
+            g++, x += FL_GROUP;
         }
-        int32_t quads[8];
-        _mm256_storeu_si256((__m256i *)(void *)quads, codes);
-        for (size_t k4 = 0; k4 < 8; k4++) out[k4 * width] = quads[k4];
     }
 }
 
@@ -173,11 +274,14 @@ INLINE void advance(fl_format format, cursor *at) {
     if (format == FL_Q4M) at->mins += FL_BLOCK_ROWS;
 }
 
-/* Ask for one group `groups` behind this one. */
-INLINE void prefetch_group(fl_format format, const cursor *at, size_t groups) {
-    for (size_t i = 0; i < code_bytes(format); i += 64) {
-        prefetch(at->codes, groups * code_bytes(format) + i);
+/* Ask for part `part` of `parts` of one group, `groups` behind this one. */
+INLINE void prefetch_group(fl_format format, const cursor *at, size_t groups, size_t part,
+                           size_t parts) {
+    size_t lines = code_bytes(format) / 64;
+    for (size_t i = lines * part / parts; i < lines * (part + 1) / parts; i++) {
+        prefetch(at->codes, groups * code_bytes(format) + 64 * i);
     }
+    if (part > 0) return;
     prefetch(at->scales, groups * FL_BLOCK_ROWS * sizeof *at->scales);
     if (format == FL_Q4M) prefetch(at->mins, groups * FL_BLOCK_ROWS * sizeof *at->mins);
 }
@@ -192,21 +296,16 @@ INLINE __m512i columns(fl_format format, const uint8_t *codes, size_t k4) {
     return _mm512_and_si512(both, _mm512_set1_epi8(15));
 }
 
-/* What takes the offset of the unsigned codes (128 or 8) off again: -offset * sum x. */
-INLINE __m512i start(fl_format format, int32_t sum) {
+/* What takes the offset of the unsigned codes (128 for q8, 8 for q4) off again. */
+INLINE __m512i start(fl_format format, int32_t offset) {
     if (format == FL_Q4M) return _mm512_setzero_si512();
-    __m512i offset = _mm512_slli_epi32(_mm512_set1_epi32(sum), format == FL_Q8 ? 7 : 3);
-    return _mm512_sub_epi32(_mm512_setzero_si512(), offset);
+    return _mm512_set1_epi32(format == FL_Q8 ? offset : offset >> 4);
 }
 
-/* acc + dot * scale * scale_x, and for q4m + min * scale_x * sum */
-INLINE __m512 add_group(fl_format format, __m512 acc, __m512i dot, __m512 scale, __m512 min,
-                        float scale_x, int32_t sum) {
-    __m512 sx = _mm512_set1_ps(scale_x);
-    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, sx), acc);
-    if (format != FL_Q4M) return acc;
-    __m512 sum_x = _mm512_cvtepi32_ps(_mm512_set1_epi32(sum));
-    return _mm512_fmadd_ps(min, _mm512_mul_ps(sx, sum_x), acc);
+/* acc + dot * scale * scale_x */
+INLINE __m512 add_group(__m512 acc, __m512i dot, __m512 scale, float scale_x) {
+    __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scale_x));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, acc);
 }
 
 /* Bound by memory: one stream of weights, read in order. */
@@ -217,18 +316,18 @@ INLINE void gemv_as(fl_format format, float *y, const fl_linear *w, int32_t bloc
         const int32_t *x = act->codes;
         __m512 acc = _mm512_setzero_ps();
         for (int32_t g = 0; g < w->groups; g++, x += 8) {
-            __m512i even = start(format, act->sum[g]), odd = _mm512_setzero_si512();
-            prefetch_group(format, &at, AHEAD / code_bytes(format));
+            __m512i even = start(format, act->offset[g]), odd = _mm512_setzero_si512();
+            prefetch_group(format, &at, AHEAD / code_bytes(format), 0, 1);
             UNROLL for (size_t k4 = 0; k4 < 8; k4 += 2) {
                 even = _mm512_dpbusd_epi32(even, columns(format, at.codes, k4),
                                            _mm512_set1_epi32(x[k4]));
                 odd = _mm512_dpbusd_epi32(odd, columns(format, at.codes, k4 + 1),
                                           _mm512_set1_epi32(x[k4 + 1]));
             }
-            __m512 scale = load_half(at.scales);
-            acc = add_group(format, acc, _mm512_add_epi32(even, odd), scale,
-                            format == FL_Q4M ? load_half(at.mins) : scale, act->scale[g],
-                            act->sum[g]);
+            acc = add_group(acc, _mm512_add_epi32(even, odd), load_half(at.scales), act->scale[g]);
+            if (format == FL_Q4M) {
+                acc = _mm512_fmadd_ps(load_half(at.mins), _mm512_set1_ps(act->moment[g]), acc);
+            }
             advance(format, &at);
         }
         _mm512_storeu_ps(y, acc);
@@ -243,76 +342,144 @@ static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, c
     }
 }
 
-/* One tile of tokens by n = 1 or 2 row blocks: 2 x 12 accumulators fill the 32 registers. Codes
- * are unpacked here, not into the panel: that costs the two spare vector pipes nothing and keeps
- * the weights small enough for the first-level cache. `ahead`: groups from here to what the next
- * tile row will need. */
-INLINE void multiply_tile(fl_format format, int n, float *y, size_t stride, const cursor *w,
-                          int32_t groups, const int32_t *x, const float *scale, const int32_t *sum,
-                          size_t ahead) {
-    cursor at[2] = {w[0], w[n - 1]};
+/* One group of n = 1 or 2 row blocks, made ready for many tokens: codes as unsigned bytes (raised by
+ * 128; q4m as they are), scales and mins as floats. */
+typedef struct {
+    uint8_t codes[8][2][64];
+    float scale[2][FL_BLOCK_ROWS], min[2][FL_BLOCK_ROWS];
+} panel_group;
+
+INLINE void unpack(fl_format format, panel_group *panel, const fl_linear *w, int32_t block, int n) {
+    for (int b = 0; b < n; b++) {
+        cursor at = cursor_at(format, w, block + b);
+        for (int32_t g = 0; g < w->groups; g++, advance(format, &at)) {
+            panel_group *to = panel + g;
+            UNROLL for (size_t k4 = 0; k4 < 8; k4++) {
+                __m512i four = columns(format, at.codes, k4);
+                if (format == FL_Q4) four = _mm512_add_epi8(four, _mm512_set1_epi8(128 - 8));
+                _mm512_storeu_si512(to->codes[k4][b], four);
+            }
+            _mm512_storeu_ps(to->scale[b], load_half(at.scales));
+            if (format == FL_Q4M) _mm512_storeu_ps(to->min[b], load_half(at.mins));
+        }
+    }
+}
+
+/* What one tile of tokens is multiplied by: n = 1 or 2 row blocks, from `panel`, or, where that is
+ * NULL, from the packed blocks; and part `part` of `parts` of the blocks that come after them, which
+ * are asked for meanwhile, so that memory works while tiles that find their weights near compute. */
+typedef struct {
+    const panel_group *panel;
+    cursor now[2], coming[2];
+    size_t part, parts;
+} weights_of_tile;
+
+/* `tokens` of one tile by n row blocks: at most 2 x 12 accumulators of the 32 registers. Tokens'
+ * codes, scales and moments are broadcast by their loads, so that the vector pipes do products and,
+ * once a group, three or four steps in floats. */
+INLINE void multiply_tile(fl_format format, int tokens, int n, int direct, float *y, size_t stride,
+                          const weights_of_tile *w, int32_t groups, const fl_act *act, size_t at) {
+    const int32_t *x = act->codes + at * 8, *offset = act->offset + at;
+    const float *scale = act->scale + at, *moment = act->moment + at;
+    const panel_group *panel = w->panel;
+    cursor now[2] = {w->now[0], w->now[n - 1]};
+    size_t part = w->part, parts = w->parts;
     __m512 acc[FL_TILE][2];
-    UNROLL for (int t = 0; t < FL_TILE; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
-    for (int32_t g = 0; g < groups; g++, x += 8 * FL_TILE, scale += FL_TILE, sum += FL_TILE) {
+    UNROLL for (int t = 0; t < tokens; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+    for (int32_t g = 0; g < groups; g++) {
         __m512i dot[FL_TILE][2];
-        UNROLL for (int t = 0; t < FL_TILE; t++) dot[t][0] = dot[t][1] = start(format, sum[t]);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            dot[t][0] = dot[t][1] = start(!direct && format == FL_Q4 ? FL_Q8 : format, offset[t]);
+        }
         UNROLL_COLUMNS for (size_t k4 = 0; k4 < 8; k4++) {
-            __m512i w0 = columns(format, at[0].codes, k4);
-            __m512i w1 = n > 1 ? columns(format, at[1].codes, k4) : w0;
-            UNROLL for (int t = 0; t < FL_TILE; t++) {
+            __m512i w0, w1;
+            if (direct) {
+                w0 = columns(format, now[0].codes, k4);
+                w1 = n > 1 ? columns(format, now[1].codes, k4) : w0;
+            } else {
+                w0 = _mm512_loadu_si512(panel->codes[k4][0]);
+                w1 = n > 1 ? _mm512_loadu_si512(panel->codes[k4][1]) : w0;
+            }
+            UNROLL for (int t = 0; t < tokens; t++) {
                 __m512i four = _mm512_set1_epi32(x[FL_TILE * k4 + (size_t)t]);
                 dot[t][0] = _mm512_dpbusd_epi32(dot[t][0], w0, four);
                 if (n > 1) dot[t][1] = _mm512_dpbusd_epi32(dot[t][1], w1, four);
             }
         }
         UNROLL for (int b = 0; b < n; b++) {
-            __m512 scale_w = load_half(at[b].scales);
-            __m512 min = format == FL_Q4M ? load_half(at[b].mins) : scale_w;
-            UNROLL for (int t = 0; t < FL_TILE; t++) {
-                acc[t][b] = add_group(format, acc[t][b], dot[t][b], scale_w, min, scale[t], sum[t]);
+            __m512 scale_w = direct ? load_half(now[b].scales) : _mm512_loadu_ps(panel->scale[b]);
+            __m512 min = scale_w;
+            if (format == FL_Q4M) {
+                min = direct ? load_half(now[b].mins) : _mm512_loadu_ps(panel->min[b]);
             }
-            prefetch_group(format, &at[b], ahead);
-            advance(format, &at[b]);
+            UNROLL for (int t = 0; t < tokens; t++) {
+                acc[t][b] = add_group(acc[t][b], dot[t][b], scale_w, scale[t]);
+                if (format != FL_Q4M) continue;
+                acc[t][b] = _mm512_fmadd_ps(min, _mm512_set1_ps(moment[t]), acc[t][b]);
+            }
+            prefetch_group(format, &w->coming[b], (size_t)g, part, parts);
+            if (direct) advance(format, &now[b]);
         }
+        if (!direct) panel++;
+        x += 8 * FL_TILE, offset += FL_TILE, scale += FL_TILE, moment += FL_TILE;
     }
-    UNROLL for (int t = 0; t < FL_TILE; t++) {
+    UNROLL for (int t = 0; t < tokens; t++) {
         UNROLL for (int b = 0; b < n; b++) {
             _mm512_storeu_ps(y + (size_t)t * stride + FL_BLOCK_ROWS * b, acc[t][b]);
         }
     }
 }
 
-/* All tokens by n row blocks, which stay in the first-level cache. */
+#define PANEL_TILES 8 /* from how many tiles of tokens on a panel pays */
+
+/* All tokens by n row blocks, then `next` is the first of those that follow. A panel stays in the
+ * first-level cache; for few tokens it would cost more than it saves. */
 INLINE void multiply_blocks(fl_format format, int n, float *y, size_t stride, const fl_linear *w,
-                            int32_t block, int more, const fl_act *act) {
-    cursor at[2] = {cursor_at(format, w, block), cursor_at(format, w, block + n - 1)};
-    size_t groups = (size_t)act->groups, tile_scales = groups * FL_TILE;
-    size_t ahead = more ? (size_t)n * groups : 0;
-    const int32_t *x = act->codes, *sum = act->sum;
-    const float *scale = act->scale;
-    for (int32_t t = 0; t < act->n; t += FL_TILE, y += FL_TILE * stride) {
-        multiply_tile(format, n, y, stride, at, w->groups, x, scale, sum, ahead);
-        x += tile_scales * 8, scale += tile_scales, sum += tile_scales;
-        ahead = 0;
+                            int32_t block, int32_t next, const fl_act *act, void *panel) {
+    int32_t t = 0, groups = w->groups, last = n - 1;
+    int direct = act->n < PANEL_TILES * FL_TILE;
+    size_t tile = (size_t)act->groups * FL_TILE, x = 0;
+    weights_of_tile tiles = {
+        .panel = panel,
+        .now = {cursor_at(format, w, block), cursor_at(format, w, block + last)},
+        .coming = {cursor_at(format, w, next), cursor_at(format, w, next + last)},
+        .parts = ((size_t)act->n + FL_TILE - 1) / FL_TILE,
+    };
+    if (tiles.parts > code_bytes(format) / 64) tiles.parts = code_bytes(format) / 64;
+    if (!direct) unpack(format, panel, w, block, n);
+    for (; t + FL_TILE <= act->n; t += FL_TILE, y += FL_TILE * stride, x += tile, tiles.part++) {
+        if (direct) {
+            multiply_tile(format, FL_TILE, n, 1, y, stride, &tiles, groups, act, x);
+        } else {
+            multiply_tile(format, FL_TILE, n, 0, y, stride, &tiles, groups, act, x);
+        }
+    }
+    switch (act->n - t) { /* the panel is no help to a single tile */
+    case 1: multiply_tile(format, 1, n, 1, y, stride, &tiles, groups, act, x); break;
+    case 2: multiply_tile(format, 2, n, 1, y, stride, &tiles, groups, act, x); break;
+    case 3: multiply_tile(format, 3, n, 1, y, stride, &tiles, groups, act, x); break;
+    case 4: multiply_tile(format, 4, n, 1, y, stride, &tiles, groups, act, x); break;
+    case 5: multiply_tile(format, 5, n, 1, y, stride, &tiles, groups, act, x); break;
+    default: break;
     }
 }
 
 INLINE void gemm_as(fl_format format, float *y, size_t stride, const fl_linear *w, int32_t block0,
-                    int32_t block1, const fl_act *act) {
+                    int32_t block1, const fl_act *act, void *panel) {
     int32_t b = block0;
     for (; b + 2 <= block1; b += 2, y += 2 * FL_BLOCK_ROWS) {
-        multiply_blocks(format, 2, y, stride, w, b, b + 4 <= block1, act);
+        int32_t next = b + 4 <= block1 ? b + 2 : b;
+        multiply_blocks(format, 2, y, stride, w, b, next, act, panel);
     }
-    if (b < block1) multiply_blocks(format, 1, y, stride, w, b, 0, act);
+    if (b < block1) multiply_blocks(format, 1, y, stride, w, b, b, act, panel);
 }
 
 static void gemm(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
                  const fl_act *act, void *panel) {
-    (void)panel;
     switch (w->format) {
-    case FL_Q8: gemm_as(FL_Q8, y, stride, w, block0, block1, act); break;
-    case FL_Q4: gemm_as(FL_Q4, y, stride, w, block0, block1, act); break;
-    case FL_Q4M: gemm_as(FL_Q4M, y, stride, w, block0, block1, act); break;
+    case FL_Q8: gemm_as(FL_Q8, y, stride, w, block0, block1, act, panel); break;
+    case FL_Q4: gemm_as(FL_Q4, y, stride, w, block0, block1, act, panel); break;
+    case FL_Q4M: gemm_as(FL_Q4M, y, stride, w, block0, block1, act, panel); break;
     }
 }
 
@@ -374,9 +541,11 @@ typedef struct {
     int32_t *start; /* [n_q][G] -128 * sum of the codes */
     float *p; /* [n_q][32] of one page: scores, then probabilities */
     float *factor; /* [n_q] of one page: what earlier sums are multiplied by */
-    float *m, *total; /* [n_q] running maximum and sum of probabilities */
+    float *m; /* [n_q] running maximum */
+    float *lanes; /* [n_q][16] running sum of probabilities */
     float *acc; /* [n_q][32 G] running outputs */
     float *weighted; /* [COMBINE_QUERIES][32] probabilities times the value scales of one group */
+    float *values; /* [32][32] the values of one group, as floats */
     int8_t *k, *v; /* [8][32][4], [32][32] the partial last group of one page */
 } attention;
 
@@ -393,7 +562,9 @@ static attention open_attention(const float *q, int32_t n_q, int32_t head_dim, v
     attention a = {.groups = (int32_t)groups};
     a.k = carve(&free, 32 * FL_GROUP, 1), a.v = carve(&free, 32 * FL_GROUP, 1);
     a.weighted = carve(&free, COMBINE_QUERIES * 32, sizeof *a.weighted);
-    a.m = carve(&free, n, sizeof *a.m), a.total = carve(&free, n, sizeof *a.total);
+    a.values = carve(&free, 32 * FL_GROUP, sizeof *a.values);
+    a.lanes = carve(&free, n * 16, sizeof *a.lanes);
+    a.m = carve(&free, n, sizeof *a.m);
     a.factor = carve(&free, n, sizeof *a.factor);
     a.scale = carve(&free, n * groups, sizeof *a.scale);
     a.start = carve(&free, n * groups, sizeof *a.start);
@@ -402,9 +573,9 @@ static attention open_attention(const float *q, int32_t n_q, int32_t head_dim, v
     a.acc = carve(&free, n * groups * FL_GROUP, sizeof *a.acc);
     memset(a.k, 0, 2 * 32 * FL_GROUP); /* k and v */
     memset(a.acc, 0, n * groups * FL_GROUP * sizeof *a.acc);
+    memset(a.lanes, 0, n * 16 * sizeof *a.lanes);
     for (size_t i = 0; i < n; i++, q += head_dim) {
         a.m[i] = -FLT_MAX;
-        a.total[i] = 0.0f;
         for (size_t g = 0; g < groups; g++) {
             int32_t left = head_dim - (int32_t)g * FL_GROUP;
             size_t at = i * groups + g;
@@ -450,8 +621,8 @@ INLINE void score_queries(int n, const attention *a, int32_t i, const page_view 
         UNROLL for (int half = 0; half < 2; half++) {
             __m512 scale = load_half(page->k_scales + g * 32 + 16 * half);
             UNROLL for (int j = 0; j < n; j++) {
-                score[j][half] = add_group(FL_Q8, score[j][half], dot[j][half], scale, scale,
-                                           a->scale[at + (size_t)j * groups], 0);
+                score[j][half] = add_group(score[j][half], dot[j][half], scale,
+                                           a->scale[at + (size_t)j * groups]);
             }
         }
     }
@@ -475,27 +646,39 @@ static void score_page(const attention *a, int32_t n_q, const page_view *page, i
 }
 
 /* Scores of query i become probabilities; `mask`: the tokens of the page that it sees, perhaps
- * none. */
+ * none. Most pages hold no new maximum. */
 INLINE void softmax(const attention *a, int32_t i, uint32_t mask) {
     __mmask16 mask0 = (__mmask16)(mask & 0xffff), mask1 = (__mmask16)(mask >> 16);
-    float *p = a->p + i * 32;
-    __m512 p0 = _mm512_loadu_ps(p), p1 = _mm512_loadu_ps(p + 16), m = _mm512_set1_ps(a->m[i]);
-    __m512 top = _mm512_mask_max_ps(m, mask0, p0, m);
-    top = fold_max(_mm512_mask_max_ps(top, mask1, p1, top));
+    float *p = a->p + i * 32, *sum = a->lanes + i * 16, factor = 1.0f;
+    __m512 p0 = _mm512_loadu_ps(p), p1 = _mm512_loadu_ps(p + 16), top = _mm512_set1_ps(a->m[i]);
+    if (_mm512_mask_cmp_ps_mask(mask0, p0, top, _CMP_GT_OQ) |
+        _mm512_mask_cmp_ps_mask(mask1, p1, top, _CMP_GT_OQ)) {
+        top = _mm512_mask_max_ps(top, mask0, p0, top);
+        top = fold_max(_mm512_mask_max_ps(top, mask1, p1, top));
+        float m = _mm512_cvtss_f32(top);
+        factor = fl_exp(a->m[i] - m);
+        a->m[i] = m;
+    }
     p0 = _mm512_maskz_mov_ps(mask0, exp16(_mm512_sub_ps(p0, top)));
     p1 = _mm512_maskz_mov_ps(mask1, exp16(_mm512_sub_ps(p1, top)));
     _mm512_storeu_ps(p, p0);
     _mm512_storeu_ps(p + 16, p1);
-    a->m[i] = _mm512_cvtss_f32(top);
-    a->factor[i] = _mm512_cvtss_f32(exp16(_mm512_sub_ps(m, top)));
-    float total = _mm512_cvtss_f32(fold_add(_mm512_add_ps(p0, p1)));
-    a->total[i] = fl_fma(a->total[i], a->factor[i], total);
+    a->factor[i] = factor;
+    _mm512_storeu_ps(
+        sum, _mm512_fmadd_ps(_mm512_loadu_ps(sum), _mm512_set1_ps(factor), _mm512_add_ps(p0, p1)));
+}
+
+/* 16 values as floats */
+INLINE __m512 widen(const int8_t *v) {
+    __m128i codes = _mm_loadu_si128((const __m128i *)(const void *)v);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
 }
 
 /* The running outputs of n queries from `i` on, in group g: acc = acc * factor + sum p v over the
- * tokens [low, high]. Each value is made a float once for all n. */
-INLINE void combine_queries(int n, const attention *a, int32_t i, size_t g, const uint16_t *scales,
-                            const int8_t *v, size_t stride, int32_t low, int32_t high) {
+ * tokens [low, high]. Values are a->values where `ready`, else made floats here. */
+INLINE void combine_queries(int n, int ready, const attention *a, int32_t i, size_t g,
+                            const uint16_t *scales, const int8_t *v, size_t stride, int32_t low,
+                            int32_t high) {
     /* Outside [low, high] the page may never have been written, and 0 * NaN is not 0. */
     uint32_t mask = (0xffffffffu << low) & (0xffffffffu >> (31 - high));
     __m512 s0 = _mm512_maskz_mov_ps((__mmask16)(mask & 0xffff), load_half(scales));
@@ -513,9 +696,10 @@ INLINE void combine_queries(int n, const attention *a, int32_t i, size_t g, cons
         acc[j][1] = _mm512_mul_ps(_mm512_loadu_ps(from + 16), factor);
     }
     for (int32_t t = low; t <= high; t++) {
-        const __m128i *codes = (const __m128i *)(const void *)(v + (size_t)t * stride);
-        __m512 v0 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes)));
-        __m512 v1 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + 1)));
+        const float *values = a->values + t * FL_GROUP;
+        const int8_t *codes = v + (size_t)t * stride;
+        __m512 v0 = ready ? _mm512_loadu_ps(values) : widen(codes);
+        __m512 v1 = ready ? _mm512_loadu_ps(values + 16) : widen(codes + 16);
         UNROLL for (int j = 0; j < n; j++) {
             __m512 p = _mm512_set1_ps(a->weighted[j * 32 + t]);
             acc[j][0] = _mm512_fmadd_ps(p, v0, acc[j][0]);
@@ -536,17 +720,21 @@ static void combine_page(const attention *a, int32_t n_q, const page_view *page,
         size_t stride = partial ? FL_GROUP : head_dim;
         const uint16_t *scales = page->v_scales + g * 32;
         int32_t i = 0;
+        for (int32_t t = low; n_q >= COMBINE_QUERIES && t <= high; t++) {
+            _mm512_storeu_ps(a->values + t * FL_GROUP, widen(v + (size_t)t * stride));
+            _mm512_storeu_ps(a->values + t * FL_GROUP + 16, widen(v + (size_t)t * stride + 16));
+        }
         for (; i + COMBINE_QUERIES <= n_q; i += COMBINE_QUERIES) {
-            combine_queries(COMBINE_QUERIES, a, i, g, scales, v, stride, low, high);
+            combine_queries(COMBINE_QUERIES, 1, a, i, g, scales, v, stride, low, high);
         }
         switch (n_q - i) {
-        case 1: combine_queries(1, a, i, g, scales, v, stride, low, high); break;
-        case 2: combine_queries(2, a, i, g, scales, v, stride, low, high); break;
-        case 3: combine_queries(3, a, i, g, scales, v, stride, low, high); break;
-        case 4: combine_queries(4, a, i, g, scales, v, stride, low, high); break;
-        case 5: combine_queries(5, a, i, g, scales, v, stride, low, high); break;
-        case 6: combine_queries(6, a, i, g, scales, v, stride, low, high); break;
-        case 7: combine_queries(7, a, i, g, scales, v, stride, low, high); break;
+        case 1: combine_queries(1, 0, a, i, g, scales, v, stride, low, high); break;
+        case 2: combine_queries(2, 0, a, i, g, scales, v, stride, low, high); break;
+        case 3: combine_queries(3, 0, a, i, g, scales, v, stride, low, high); break;
+        case 4: combine_queries(4, 0, a, i, g, scales, v, stride, low, high); break;
+        case 5: combine_queries(5, 0, a, i, g, scales, v, stride, low, high); break;
+        case 6: combine_queries(6, 0, a, i, g, scales, v, stride, low, high); break;
+        case 7: combine_queries(7, 0, a, i, g, scales, v, stride, low, high); break;
         default: break;
         }
     }
@@ -591,7 +779,8 @@ static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, con
     }
     for (int32_t i = 0; i < n_q; i++, out += kv->head_dim) {
         const float *acc = a.acc + (size_t)i * (size_t)a.groups * FL_GROUP;
-        float total = first[i] > last[i] ? 1.0f : a.total[i]; /* a query that sees nothing gets 0 */
+        /* A query that sees nothing gets 0. */
+        float total = first[i] > last[i] ? 1.0f : fl_fold(a.lanes + i * 16);
         for (int32_t c = 0; c < kv->head_dim; c += 16) {
             __m512 sum = _mm512_div_ps(_mm512_loadu_ps(acc + c), _mm512_set1_ps(total));
             _mm512_mask_storeu_ps(out + c, lanes(kv->head_dim - c), sum);

@@ -36,8 +36,7 @@ static void unpack(float weights[FL_GROUP][FL_BLOCK_ROWS], const fl_linear *w, s
 /* Each group is unpacked once and added to all tokens; y itself accumulates. */
 static void multiply(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
                      const fl_act *act) {
-    size_t width = (size_t)act->width, groups = (size_t)w->groups;
-    size_t tokens = ((size_t)act->n + width - 1) / width * width;
+    size_t width = (size_t)act->width, groups = (size_t)w->groups, tokens = (size_t)act->n;
     for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
         for (size_t t = 0; t < tokens; t++) {
             memset(y + t * stride, 0, FL_BLOCK_ROWS * sizeof *y);
@@ -84,7 +83,7 @@ static void store_kv(const fl_kv *kv, int32_t position, const float *k, const fl
 
 static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t first, int32_t last) {
     size_t dim = (size_t)kv->head_dim;
-    float m = -FLT_MAX, sum = 0.0f;
+    float m = -FLT_MAX, lanes[16] = {0};
     memset(out, 0, dim * sizeof *out);
     if (first > last) return;
     for (int32_t p = first / 32; p <= last / 32; p++) {
@@ -97,13 +96,14 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
                 scores[t] += q[c] * keys[c * 32 + t];
             }
         }
-        float factor = fl_softmax_page(scores, low, high, &m, &sum);
+        float factor = fl_softmax_page(scores, low, high, &m, lanes);
         for (size_t c = 0; c < dim; c++) out[c] *= factor;
         for (int32_t t = low; t <= high; t++) {
             const float *v = values + (size_t)t * dim;
             for (size_t c = 0; c < dim; c++) out[c] += scores[t] * v[c];
         }
     }
+    float sum = fl_fold(lanes);
     for (size_t c = 0; c < dim; c++) out[c] /= sum;
 }
 

@@ -43,7 +43,8 @@ static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, con
         act->scale[at] = quantize_group(codes, x, n < FL_GROUP ? n : FL_GROUP);
         int32_t sum = 0;
         for (int32_t i = 0; i < FL_GROUP; i++) sum += codes[i];
-        act->sum[at] = sum;
+        act->offset[at] = -128 * sum;
+        act->moment[at] = act->scale[at] * (float)sum;
         for (size_t k4 = 0; k4 < 8; k4++) {
             memcpy(&act->codes[((first + (size_t)g) * 8 + k4) * width + lane], codes + 4 * k4, 4);
         }
@@ -69,7 +70,7 @@ static void unpack(int8_t codes[512], const fl_linear *w, size_t group) {
 
 /* y[16] += one group's part for one token. `x` holds 8 dwords of 4 codes, `width` apart. */
 static void add_group(float *y, const int8_t codes[512], const float scale[16], const float min[16],
-                      const int32_t *x, size_t width, float scale_x, int32_t sum) {
+                      const int32_t *x, size_t width, float scale_x, float moment) {
     int32_t dot[FL_BLOCK_ROWS] = {0};
     for (size_t k4 = 0; k4 < 8; k4++) {
         int8_t four[4];
@@ -80,15 +81,14 @@ static void add_group(float *y, const int8_t codes[512], const float scale[16], 
         y[r] = fl_fma((float)dot[r], scale[r] * scale_x, y[r]);
     }
     for (size_t r = 0; min && r < FL_BLOCK_ROWS; r++) {
-        y[r] = fl_fma(min[r], scale_x * (float)sum, y[r]);
+        y[r] = fl_fma(min[r], moment, y[r]);
     }
 }
 
 /* Each group is unpacked once and added to all tokens; y itself accumulates. */
 static void multiply(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
                      const fl_act *act) {
-    size_t width = (size_t)act->width, groups = (size_t)w->groups;
-    size_t tokens = ((size_t)act->n + width - 1) / width * width;
+    size_t width = (size_t)act->width, groups = (size_t)w->groups, tokens = (size_t)act->n;
     for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
         for (size_t t = 0; t < tokens; t++) {
             memset(y + t * stride, 0, FL_BLOCK_ROWS * sizeof *y);
@@ -106,7 +106,7 @@ static void multiply(float *y, size_t stride, const fl_linear *w, int32_t block0
                 size_t group = t / width * (size_t)act->groups + g, lane = t % width;
                 add_group(y + t * stride, codes, scale, w->format == FL_Q4M ? min : NULL,
                           act->codes + group * 8 * width + lane, width,
-                          act->scale[group * width + lane], act->sum[group * width + lane]);
+                          act->scale[group * width + lane], act->moment[group * width + lane]);
             }
         }
     }
@@ -197,7 +197,7 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
         int32_t n = dim - g * FL_GROUP < FL_GROUP ? dim - g * FL_GROUP : FL_GROUP;
         scales[g] = quantize_group(codes + g * FL_GROUP, q + g * FL_GROUP, n);
     }
-    float m = -FLT_MAX, sum = 0.0f;
+    float m = -FLT_MAX, lanes[16] = {0};
     memset(out, 0, (size_t)dim * sizeof *out);
     if (first > last) return;
     for (int32_t p = first / 32; p <= last / 32; p++) {
@@ -206,10 +206,11 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
         int32_t high = last < p * 32 + 31 ? last - p * 32 : 31;
         float scores[32];
         score_page(scores, &page, dim, codes, scales);
-        float factor = fl_softmax_page(scores, low, high, &m, &sum);
+        float factor = fl_softmax_page(scores, low, high, &m, lanes);
         for (int32_t c = 0; c < dim; c++) out[c] *= factor;
         for (int32_t t = low; t <= high; t++) add_value(out, &page, dim, t, scores[t]);
     }
+    float sum = fl_fold(lanes);
     for (int32_t c = 0; c < dim; c++) out[c] /= sum;
 }
 

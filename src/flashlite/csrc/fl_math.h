@@ -136,19 +136,21 @@ static inline float fl_fold(float lanes[16]) {
 }
 
 /* One page of an online softmax. `scores` of the 32 tokens of a page, of which [low, high] count,
- * become e^(score - m), 0 outside. The running maximum *m starts at -FLT_MAX and the running sum
- * *sum at 0; returns the factor by which what was summed before must be multiplied. */
+ * become e^(score - m), 0 outside. The running maximum *m starts at -FLT_MAX; the running sum is kept
+ * in 16 lanes, which start at 0, and is fl_fold of them. Returns the factor by which what was summed
+ * before must be multiplied: exactly 1 while the maximum stays. */
 static inline float fl_softmax_page(float *scores, int32_t low, int32_t high, float *m,
-                                    float *sum) {
-    float top = *m, sums[16];
+                                    float lanes[16]) {
+    float top = *m;
     for (int32_t t = low; t <= high; t++) top = scores[t] > top ? scores[t] : top;
     float factor = fl_exp(*m - top);
     for (int32_t t = 0; t < 32; t++) {
         scores[t] = t < low || t > high ? 0.0f : fl_exp(scores[t] - top);
     }
-    for (int32_t t = 0; t < 16; t++) sums[t] = scores[t] + scores[t + 16];
+    for (int32_t t = 0; t < 16; t++) {
+        lanes[t] = fl_fma(lanes[t], factor, scores[t] + scores[t + 16]);
+    }
     *m = top;
-    *sum = fl_fma(*sum, factor, fl_fold(sums));
     return factor;
 }
 

@@ -344,7 +344,7 @@ void fl_project_hidden_norm(fl_thread *t, const fl_packed *w, size_t weight, flo
 
 /* ---- the gated MLP ---- */
 
-/* Each thread takes groups of 32 hidden channels through gate, up, activation and quantization,
+/* Each thread takes a few groups of hidden channels through gate, up, activation and quantization,
  * so that the hidden layer never makes a round trip in floats. */
 void fl_gated(fl_thread *t, const fl_packed *gate, const fl_packed *up, fl_activation kind) {
     fl_engine *e = t->engine;
@@ -368,17 +368,17 @@ void fl_gated(fl_thread *t, const fl_packed *gate, const fl_packed *up, fl_activ
             k->quantize(&e->hidden_act, 0, mine.first, mine.last, a + first, g.rows);
         }
     } else {
-        for (int32_t group = mine.first; group < mine.last; group++) {
-            int32_t block0 = group * blocks_per_group, block1 = block0 + blocks_per_group;
+        for (int32_t group = mine.first; group < mine.last; group += FL_GATED_GROUPS) {
+            int32_t end = group + FL_GATED_GROUPS < mine.last ? group + FL_GATED_GROUPS : mine.last;
+            int32_t block0 = group * blocks_per_group, block1 = end * blocks_per_group;
             if (block1 > g.blocks) block1 = g.blocks;
-            int32_t cols =
-                g.rows - group * FL_GROUP < FL_GROUP ? g.rows - group * FL_GROUP : FL_GROUP;
-            k->gemm(t->gate, FL_GROUP, &g, block0, block1, &t->input, t->panel);
-            k->gemm(t->up, FL_GROUP, &u, block0, block1, &t->input, t->panel);
+            int32_t cols = (end * FL_GROUP < g.rows ? end * FL_GROUP : g.rows) - group * FL_GROUP;
+            k->gemm(t->gate, FL_GATED_COLS, &g, block0, block1, &t->input, t->panel);
+            k->gemm(t->up, FL_GATED_COLS, &u, block0, block1, &t->input, t->panel);
             for (int32_t i = 0; i < n; i++) {
-                float *row = t->gate + (size_t)i * FL_GROUP;
-                activate(row, row, t->up + (size_t)i * FL_GROUP, cols);
-                k->quantize(&e->hidden_act, i, group, group + 1, row, g.rows);
+                float *row = t->gate + (size_t)i * FL_GATED_COLS;
+                activate(row, row, t->up + (size_t)i * FL_GATED_COLS, cols);
+                k->quantize(&e->hidden_act, i, group, end, row, g.rows);
             }
         }
     }
@@ -396,24 +396,17 @@ void fl_head(fl_thread *t, size_t norm, float eps, const fl_packed *head) {
     fl_span mine = share(t, w.blocks);
     size_t vocab = (size_t)w.rows;
     int32_t whole = w.rows / FL_BLOCK_ROWS; /* blocks that may be written in place */
-    if (n == 1) {
-        int32_t last = mine.last < whole ? mine.last : whole;
-        multiply(t, e->batch.logits, 0, &w, mine.first, last, &t->input);
-    }
-    /* Several rows come out in whole tiles, the last block in whole blocks: through `gate`. */
-    int32_t first = n > 1 ? mine.first : mine.first > whole ? mine.first : whole;
-    for (int32_t block = first; block < mine.last; block += 2) {
-        int32_t end = block + 2 < mine.last ? block + 2 : mine.last;
-        size_t row = (size_t)block * FL_BLOCK_ROWS;
-        size_t rows = (size_t)(end - block) * FL_BLOCK_ROWS;
-        if (row + rows > vocab) rows = vocab - row;
+    multiply(t, e->batch.logits, vocab, &w, mine.first, mine.last < whole ? mine.last : whole,
+             &t->input);
+    if (mine.last > whole) { /* the last block is not whole: through `gate` */
+        size_t row = (size_t)whole * FL_BLOCK_ROWS;
         if (n == 1)
-            e->kernels->gemv(t->gate, &w, block, end, &t->input);
+            e->kernels->gemv(t->gate, &w, whole, w.blocks, &t->input);
         else
-            e->kernels->gemm(t->gate, FL_GROUP, &w, block, end, &t->input, t->panel);
+            e->kernels->gemm(t->gate, FL_GATED_COLS, &w, whole, w.blocks, &t->input, t->panel);
         for (int32_t i = 0; i < n; i++)
-            memcpy(e->batch.logits + (size_t)i * vocab + row, t->gate + (size_t)i * FL_GROUP,
-                   rows * sizeof(float));
+            memcpy(e->batch.logits + (size_t)i * vocab + row, t->gate + (size_t)i * FL_GATED_COLS,
+                   (vocab - row) * sizeof(float));
     }
     sync(t);
 }

@@ -4,15 +4,18 @@
 
 #include "fl_engine.h"
 
+#define FL_GATED_GROUPS 4 /* groups of d_ff that one thread takes through the gated MLP together */
+#define FL_GATED_COLS (FL_GATED_GROUPS * FL_GROUP)
+
 /* Sizes derived from a model, in elements; every row starts on a whole block. */
 typedef struct {
     int32_t q_cols, kv_cols; /* heads * head_dim */
-    int32_t qkv_stride;      /* one token's q, k and v, each padded to a block */
+    int32_t qkv_stride; /* one token's q, k and v, each padded to a block */
     int32_t k_offset, v_offset;
-    int32_t wide_stride;     /* output row of a projection: d_model padded */
-    int32_t in_groups;       /* groups of the widest of d_model and q_cols */
-    int32_t hidden_groups;   /* groups of d_ff */
-    size_t head_bytes;       /* of a page, for one layer and KV head */
+    int32_t wide_stride; /* output row of a projection: d_model padded */
+    int32_t in_groups; /* groups of the widest of d_model and q_cols */
+    int32_t hidden_groups; /* groups of d_ff */
+    size_t head_bytes; /* of a page, for one layer and KV head */
     size_t page_bytes;
 } fl_sizes;
 
@@ -21,14 +24,14 @@ struct fl_thread {
     fl_engine *engine;
     uint32_t id;
     pthread_t handle;
-    fl_act own;          /* one token's activations: with one token every thread makes its own */
-    float *row;          /* [widest row] one token before it is quantized */
-    float *gate, *up;    /* [FL_BATCH_ROWS][32] one group of d_ff */
-    float *queries;      /* [FL_MAX_QUERIES][head_dim] */
-    float *answers;      /* [FL_MAX_QUERIES][head_dim] */
-    void *panel;         /* kernels' scratch */
+    fl_act own; /* one token's activations: with one token every thread makes its own */
+    float *row; /* [widest row] one token before it is quantized */
+    float *gate, *up; /* [FL_BATCH_ROWS][FL_GATED_COLS] a few groups of d_ff */
+    float *queries; /* [FL_MAX_QUERIES][head_dim] */
+    float *answers; /* [FL_MAX_QUERIES][head_dim] */
+    void *panel; /* kernels' scratch */
     void *attend;
-    fl_act input;        /* what the next linear operation reads: `own` or the engine's */
+    fl_act input; /* what the next linear operation reads: `own` or the engine's */
 };
 
 struct fl_engine {
@@ -44,20 +47,20 @@ struct fl_engine {
 
     /* Of the current step, shared by all threads, [FL_BATCH_ROWS] rows each. */
     fl_batch batch;
-    float *x;            /* [d_model] residual stream */
-    float *qkv;          /* [qkv_stride] */
-    float *heads;        /* [q_cols] attention's output */
-    float *wide;         /* [wide_stride] output of a projection */
-    float *hidden;       /* [d_ff padded] one token's gate and up, when there is one token */
-    float *angles[2];    /* [head_dim / 2] pairs cos, sin: global, local */
-    fl_act act;          /* input of linear operations when there are several tokens */
-    fl_act hidden_act;   /* input of the down projection */
+    float *x; /* [d_model] residual stream */
+    float *qkv; /* [qkv_stride] */
+    float *heads; /* [q_cols] attention's output */
+    float *wide; /* [wide_stride] output of a projection */
+    float *hidden; /* [d_ff padded] one token's gate and up, when there is one token */
+    float *angles[2]; /* [head_dim / 2] pairs cos, sin: global, local */
+    fl_act act; /* input of linear operations when there are several tokens */
+    fl_act hidden_act; /* input of the down projection */
 
-    fl_event start;      /* advanced once per step, and once to quit */
+    fl_event start; /* advanced once per step, and once to quit */
     fl_barrier barrier;
     _Atomic uint32_t quit;
-    uint32_t n_started;  /* threads of the pool that run, the caller's not among them */
-    fl_thread *threads;  /* [n_threads] */
+    uint32_t n_started; /* threads of the pool that run, the caller's not among them */
+    fl_thread *threads; /* [n_threads] */
 };
 
 #endif

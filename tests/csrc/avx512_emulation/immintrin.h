@@ -54,11 +54,20 @@ EMULATE_BINARY(min_ps, __m512, _mm256_min_ps)
 EMULATE_BINARY(max_ps, __m512, _mm256_max_ps)
 EMULATE_BINARY(add_epi32, __m512i, _mm256_add_epi32)
 EMULATE_BINARY(sub_epi32, __m512i, _mm256_sub_epi32)
+EMULATE_BINARY(add_epi8, __m512i, _mm256_add_epi8)
+EMULATE_BINARY(max_epi8, __m512i, _mm256_max_epi8)
+EMULATE_BINARY(packs_epi16, __m512i, _mm256_packs_epi16)
+EMULATE_BINARY(packs_epi32, __m512i, _mm256_packs_epi32)
+EMULATE_BINARY(unpacklo_ps, __m512, _mm256_unpacklo_ps)
+EMULATE_BINARY(unpackhi_ps, __m512, _mm256_unpackhi_ps)
+EMULATE_BINARY(unpacklo_epi32, __m512i, _mm256_unpacklo_epi32)
+EMULATE_BINARY(unpackhi_epi32, __m512i, _mm256_unpackhi_epi32)
 EMULATE_BINARY(and_si512, __m512i, _mm256_and_si256)
 EMULATE_BINARY(xor_si512, __m512i, _mm256_xor_si256)
 EMULATE_SHIFT(slli_epi32, _mm256_sll_epi32)
 EMULATE_SHIFT(srli_epi16, _mm256_srl_epi16)
 EMULATE_SET1(set1_ps, __m512, float, _mm256_set1_ps)
+EMULATE_SET1(broadcastss_ps, __m512, __m128, _mm256_broadcastss_ps)
 EMULATE_SET1(set1_epi32, __m512i, int, _mm256_set1_epi32)
 EMULATE_SET1(set1_epi8, __m512i, char, _mm256_set1_epi8)
 EMULATE_UNARY(cvtepi32_ps, __m512, __m512i, _mm256_cvtepi32_ps)
@@ -144,6 +153,17 @@ FL_EMU __m512 emulate_permute_ps(__m512 a, int order) {
     return emulate_loadu_ps(to);
 }
 
+/* Inside each 128 bits: two lanes of a, then two of b. */
+FL_EMU __m512 emulate_shuffle_ps(__m512 a, __m512 b, int order) {
+    float from[2][16], to[16];
+    memcpy(from[0], &a, sizeof a);
+    memcpy(from[1], &b, sizeof b);
+    for (int i = 0; i < 16; i++) {
+        to[i] = from[i % 4 / 2][i / 4 * 4 + (order >> i % 4 * 2 & 3)];
+    }
+    return emulate_loadu_ps(to);
+}
+
 /* Whole 128-bit lanes: two of a, then two of b. */
 FL_EMU __m512 emulate_shuffle_f32x4(__m512 a, __m512 b, int order) {
     float from[2][16], to[16];
@@ -155,11 +175,19 @@ FL_EMU __m512 emulate_shuffle_f32x4(__m512 a, __m512 b, int order) {
     return emulate_loadu_ps(to);
 }
 
-/* Only the predicate that the kernels use: not less than, true for NaN. */
-FL_EMU __mmask16 emulate_nlt_ps_mask(__m512 a, __m512 b) {
+/* The predicates that the kernels use: not less than, true for NaN, and greater than. */
+FL_EMU __mmask16 emulate_cmp_CMP_NLT_UQ(__m512 a, __m512 b) {
     int low = _mm256_movemask_ps(_mm256_cmp_ps(a.half[0], b.half[0], _CMP_NLT_UQ));
     int high = _mm256_movemask_ps(_mm256_cmp_ps(a.half[1], b.half[1], _CMP_NLT_UQ));
     return (__mmask16)(low | high << 8);
+}
+FL_EMU __mmask16 emulate_cmp_CMP_GT_OQ(__m512 a, __m512 b) {
+    int low = _mm256_movemask_ps(_mm256_cmp_ps(a.half[0], b.half[0], _CMP_GT_OQ));
+    int high = _mm256_movemask_ps(_mm256_cmp_ps(a.half[1], b.half[1], _CMP_GT_OQ));
+    return (__mmask16)(low | high << 8);
+}
+FL_EMU uint8_t emulate_four_CMP_GE_OQ(__m128 a, __m128 b) {
+    return (uint8_t)_mm_movemask_ps(_mm_cmp_ps(a, b, _CMP_GE_OQ));
 }
 
 /* Fours of unsigned bytes of a times signed bytes of b, added to the dwords of `sum`. */
@@ -174,6 +202,18 @@ FL_EMU __m512i emulate_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
         for (int j = 4 * i; j < 4 * i + 4; j++) sums[i] += left[j] * right[j];
     }
     return emulate_loadu_si512(sums);
+}
+
+/* The same moves for dwords. */
+FL_EMU __m512i emulate_dwords(__m512 a) { return emulate_loadu_si512(&a); }
+FL_EMU __m512 emulate_floats(__m512i a) { return emulate_loadu_ps(&a); }
+
+FL_EMU __m512i emulate_permutexvar_epi32(__m512i order, __m512i a) {
+    int32_t from[16], index[16], to[16];
+    memcpy(from, &a, sizeof a);
+    memcpy(index, &order, sizeof order);
+    for (int i = 0; i < 16; i++) to[i] = from[index[i] & 15];
+    return emulate_loadu_si512(to);
 }
 
 /* Dwords to bytes, saturated. */
@@ -195,7 +235,36 @@ FL_EMU __m128i emulate_cvtsepi32_epi8(__m512i a) {
 #define _mm512_castsi512_ps emulate_castsi512_ps
 #undef _mm512_cmp_ps_mask
 #define _mm512_cmp_ps_mask(a, b, predicate) emulate_cmp##predicate(a, b)
-#define emulate_cmp_CMP_NLT_UQ emulate_nlt_ps_mask
+#undef _mm512_mask_cmp_ps_mask
+#define _mm512_mask_cmp_ps_mask(mask, a, b, predicate) \
+    ((__mmask16)((mask) & emulate_cmp##predicate(a, b)))
+#undef _mm_cmp_ps_mask
+#define _mm_cmp_ps_mask(a, b, predicate) emulate_four##predicate(a, b)
+#define _mm512_add_epi8 emulate_add_epi8
+#define _mm512_broadcastss_ps emulate_broadcastss_ps
+#define _mm512_castps512_ps128(a) _mm256_castps256_ps128((a).half[0])
+#define _mm512_castsi512_si128(a) _mm256_castsi256_si128((a).half[0])
+#undef _mm512_extracti32x4_epi32
+#define _mm512_extracti32x4_epi32(a, i) _mm256_extracti128_si256((a).half[(i) / 2], (i) % 2)
+#define _mm512_max_epi8 emulate_max_epi8
+#define _mm512_packs_epi16 emulate_packs_epi16
+#define _mm512_packs_epi32 emulate_packs_epi32
+#define _mm512_permutexvar_epi32 emulate_permutexvar_epi32
+#undef _mm512_setr_epi32
+#define _mm512_setr_epi32(...) emulate_loadu_si512((const int32_t[16]){__VA_ARGS__})
+#undef _mm512_shuffle_epi32
+#define _mm512_shuffle_epi32(a, order) \
+    emulate_dwords(emulate_permute_ps(emulate_floats(a), order))
+#undef _mm512_shuffle_i32x4
+#define _mm512_shuffle_i32x4(a, b, order) \
+    emulate_dwords(emulate_shuffle_f32x4(emulate_floats(a), emulate_floats(b), order))
+#undef _mm512_shuffle_ps
+#define _mm512_shuffle_ps emulate_shuffle_ps
+#define _mm512_storeu_si512(to, a) memcpy(to, &(a), 64)
+#define _mm512_unpackhi_epi32 emulate_unpackhi_epi32
+#define _mm512_unpackhi_ps emulate_unpackhi_ps
+#define _mm512_unpacklo_epi32 emulate_unpacklo_epi32
+#define _mm512_unpacklo_ps emulate_unpacklo_ps
 #define _mm512_cvtepi32_ps emulate_cvtepi32_ps
 #define _mm512_cvtepi8_epi32 emulate_cvtepi8_epi32
 #define _mm512_cvtph_ps emulate_cvtph_ps
