@@ -13,12 +13,14 @@ import pytest
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from flashlite.artifact import Artifact, quantize, write_artifact
-from flashlite.artifact.format import layout
+from flashlite.artifact.format import Artifact, layout
+from flashlite.artifact.write import quantize, write_artifact
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
-from flashlite.compress import Format, Plan
-from flashlite.model import ModelSpec, SourceModel, describe
+from flashlite.compress.plan import Format, Plan
+from flashlite.model.families import describe
+from flashlite.model.source import SourceModel
+from flashlite.model.spec import ModelSpec
 
 PROVENANCE = {"source": "tiny.gguf", "sha256": "ab" * 32, "licence": "Apache-2.0"}
 

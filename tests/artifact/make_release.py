@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 
 import make_gguf
 
-from flashlite.artifact import quantize
+from flashlite.artifact.write import quantize
 from flashlite.checkpoint.convert_tokenizer import build_tokenizer
 from flashlite.checkpoint.open import open_checkpoint
-from flashlite.model import describe
+from flashlite.model.families import describe
 
 LAYERS = 2
 

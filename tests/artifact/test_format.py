@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashlite.artifact import Artifact, load_weights, tensor
-from flashlite.artifact.format import ALIGN, check_name, check_provenance, check_tokens, layout
+from flashlite.artifact.format import (
+    ALIGN,
+    Artifact,
+    check_name,
+    check_provenance,
+    check_tokens,
+    layout,
+)
+from flashlite.artifact.read import load_weights, tensor
 from flashlite.checkpoint.tokenizer import SpecialTokens
-from flashlite.compress import plan_preset
+from flashlite.compress.plan import plan_preset
 from flashlite.errors import ArtifactError
-from flashlite.model import SourceModel
+from flashlite.model.source import SourceModel
 
 Odd = tuple[Artifact, dict[str, NDArray[Any]]]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashlite.artifact import Artifact, load_texts, load_weights, open_artifact
+from flashlite.artifact.format import Artifact
+from flashlite.artifact.read import load_texts, load_weights, open_artifact
 from flashlite.errors import ArtifactError, IntegrityError
 
 FILES = [

@@ -12,20 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashlite.artifact import (
-    Artifact,
-    load_texts,
-    load_weights,
-    open_artifact,
-    packed,
-    quantize,
-    tensor,
-)
+from flashlite.artifact.format import Artifact
+from flashlite.artifact.read import load_texts, load_weights, open_artifact, packed, tensor
+from flashlite.artifact.write import quantize
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.tokenizer import TokenizerFiles
-from flashlite.compress import PRESETS
+from flashlite.compress.plan import PRESETS
 from flashlite.errors import ArtifactError, IntegrityError
-from flashlite.model import SourceModel, describe
+from flashlite.model.families import describe
+from flashlite.model.source import SourceModel
 
 Forge = Callable[[str, Callable[[dict[str, Any]], object]], Path]
 PROVENANCE = {"source": "tiny.gguf", "sha256": "ab" * 32, "licence": "Apache-2.0"}

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashlite.artifact import load_texts, load_weights, open_artifact, tensor
+from flashlite.artifact.read import load_texts, load_weights, open_artifact, tensor
 from flashlite.checkpoint.tokenizer import Tokenizer
-from flashlite.model import Reference
+from flashlite.model.reference import Reference
 
 RELEASES = Path(__file__).parents[1] / "fixtures/artifacts"
 DIGESTS = {"v1": "4668a6d9c979cd1d9dac0b836f0ac42a5c9355f848962752c46cb35f8ea481e8"}

@@ -13,17 +13,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashlite.artifact import (
-    Artifact,
-    load_weights,
-    open_artifact,
-    quantize,
-    staging,
-    write_artifact,
-)
+from flashlite.artifact import staging
+from flashlite.artifact.format import Artifact
+from flashlite.artifact.read import load_weights, open_artifact
+from flashlite.artifact.write import quantize, write_artifact
 from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
 from flashlite.errors import ArtifactError, CompressError
-from flashlite.model import SourceModel
+from flashlite.model.source import SourceModel
 
 PROVENANCE = {"source": "tiny.gguf", "sha256": "ab" * 32, "licence": "Apache-2.0"}
 
@@ -31,11 +27,11 @@ PROVENANCE = {"source": "tiny.gguf", "sha256": "ab" * 32, "licence": "Apache-2.0
 WORKER = """
 import os, resource, signal, sys
 from pathlib import Path
-from flashlite.artifact import quantize
+from flashlite.artifact.write import quantize
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
 from flashlite.errors import FlashliteError
-from flashlite.model import describe
+from flashlite.model.families import describe
 texts = TokenizerFiles("{}", None, SpecialTokens(None, (2,), False, (0,)))
 source = describe(open_checkpoint(Path(sys.argv[1])))
 try:

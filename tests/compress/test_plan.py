@@ -9,7 +9,8 @@ import pytest
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.compress.plan import PRESETS, Plan, plan_preset, stored_shapes
 from flashlite.errors import CompressError
-from flashlite.model import SourceModel, describe
+from flashlite.model.families import describe
+from flashlite.model.source import SourceModel
 
 
 @pytest.fixture

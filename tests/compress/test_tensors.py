@@ -11,7 +11,8 @@ from flashlite.compress.pack import Packed, dequantize
 from flashlite.compress.plan import Format
 from flashlite.compress.tensors import compress_tensor
 from flashlite.errors import CheckpointError, CompressError
-from flashlite.model import SourceModel, describe
+from flashlite.model.families import describe
+from flashlite.model.source import SourceModel
 
 
 def model(tmp_path: Path, **dtypes: str) -> SourceModel:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from flashlite.checkpoint.base import Checkpoint, TensorInfo
 from flashlite.checkpoint.open import open_checkpoint
-from flashlite.model import SourceModel, describe
+from flashlite.model.families import describe
+from flashlite.model.source import SourceModel
 
 Arrays = dict[str, NDArray[np.float32]]
 Plain = Callable[[Literal["gguf", "safetensors"], str, Mapping[str, object], Arrays], Checkpoint]

@@ -19,9 +19,11 @@ from flashlite.checkpoint import blocks
 from flashlite.checkpoint.base import Checkpoint
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.errors import CheckpointError, UnsupportedModel
-from flashlite.model import FAMILIES, Reference, SourceModel, describe
+from flashlite.model.families import FAMILIES, describe
 from flashlite.model.family import GGUF_NAMES
+from flashlite.model.reference import Reference
 from flashlite.model.rope import rope_frequencies
+from flashlite.model.source import SourceModel
 
 
 def with_config(case: Any, **changes: object) -> Checkpoint:

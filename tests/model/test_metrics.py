@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flashlite.errors import UsageError
-from flashlite.model import kl_divergence, log_softmax, perplexity, top1_agreement
+from flashlite.model.metrics import kl_divergence, log_softmax, perplexity, top1_agreement
 
 
 def test_log_softmax_by_hand() -> None:

@@ -17,7 +17,10 @@ from flashlite.checkpoint.convert_tokenizer import build_tokenizer
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.errors import ContextOverflow, UsageError
-from flashlite.model import Reference, SourceModel, describe, perplexity
+from flashlite.model.families import describe
+from flashlite.model.metrics import perplexity
+from flashlite.model.reference import Reference
+from flashlite.model.source import SourceModel
 
 
 def in_memory(source: SourceModel) -> dict[str, NDArray[np.float32]]:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flashlite.model import Llama3Rope, ModelSpec, rope_frequencies
-from flashlite.model.rope import rope_tables, rotate
+from flashlite.model.rope import rope_frequencies, rope_tables, rotate
+from flashlite.model.spec import Llama3Rope, ModelSpec
 
 SPEC = ModelSpec(
     family="llama",

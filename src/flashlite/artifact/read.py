@@ -56,7 +56,6 @@ from flashlite.model.spec import ModelSpec
 
 __all__ = ["load_texts", "load_weights", "open_artifact", "packed", "tensor"]
 
-_CHUNK = 4 << 20  # bytes read, then hashed while they are in the cache
 _KEYS = {"format_version", "name", "model", "plan", "tokens", "provenance"}
 
 
@@ -90,7 +89,7 @@ def load_weights(artifact: Artifact, *, verify: bool = True) -> NDArray[np.uint8
 
     Args:
         artifact: from `open_artifact`.
-        verify: digest the bytes while they are read and compare them with the manifest.
+        verify: digest the bytes that were read and compare them with the manifest.
 
     Returns:
         uint8 [weights_size], read-only; its memory lives as long as the array.
@@ -101,20 +100,14 @@ def load_weights(artifact: Artifact, *, verify: bool = True) -> NDArray[np.uint8
         IntegrityError: the bytes differ from the manifest; it names the tensor.
     """
     path = artifact.path / WEIGHTS
-    hasher = blake3(max_threads=blake3.AUTO) if verify else None
     with open_file(path) as file:
         header = _read_header(file, path, artifact.weights_size)
-        if hasher is not None:
-            hasher.update(header)
         memory = _private_memory(artifact.weights_size)
-        view = memoryview(memory)
-        for start in range(0, len(view), _CHUNK):
-            part = view[start : start + _CHUNK]
-            _read_into(file, part, path)
-            if hasher is not None:
-                hasher.update(part)
+        # Whole reads and digests: each lets other threads run from its beginning to its end.
+        _read_into(file, memoryview(memory), path)
     weights = np.frombuffer(memory, np.uint8)
-    if hasher is not None:
+    if verify:
+        hasher = blake3(header, max_threads=blake3.AUTO).update(memoryview(memory))
         found = FileDigest(len(header) + len(weights), hasher.hexdigest())
         if found != artifact.manifest.files[WEIGHTS]:
             bad = differing(artifact.tensors, weights, artifact.manifest)

