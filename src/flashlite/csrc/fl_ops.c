@@ -15,7 +15,7 @@ typedef struct {
 
 /* Thread t's share of n units. */
 static fl_span share(const fl_thread *t, int32_t n) {
-    int64_t threads = t->engine->n_threads, id = t->id;
+    int64_t threads = t->engine->active, id = t->id;
     return (fl_span){(int32_t)(n * id / threads), (int32_t)(n * (id + 1) / threads)};
 }
 
@@ -278,7 +278,7 @@ void fl_attend(fl_thread *t, int32_t layer, int32_t window) {
         for (i1 = i0 + 1; i1 < n && i1 < i0 + tokens && b->sequences[i1] == b->sequences[i0];) i1++;
         for (int32_t head = 0; head < kv_heads; head++) {
             for (int32_t h = 0; h < per_kv; h += heads) {
-                if (turn++ % t->engine->n_threads != t->id) continue;
+                if (turn++ % t->engine->active != t->id) continue;
                 int32_t h0 = head * per_kv + h;
                 int32_t h1 = h + heads < per_kv ? h0 + heads : (head + 1) * per_kv;
                 attend_run(t, layer, window, head, i0, i1, h0, h1);

@@ -4,6 +4,7 @@
 #include "fl_os.h"
 
 #include <string.h>
+#include <time.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -42,6 +43,12 @@ void fl_os_release(void *memory, size_t bytes) {
 #endif
 }
 
+uint64_t fl_os_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
 static inline void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -67,9 +74,9 @@ void fl_event_destroy(fl_event *event) {
 }
 
 /* Sequentially consistent on both sides: either the sleeper sees the new value, or the one who
- * advances sees the sleeper. */
-void fl_event_advance(fl_event *event) {
-    atomic_fetch_add(&event->value, 1);
+ * sets it sees the sleeper. */
+void fl_event_set(fl_event *event, uint32_t value) {
+    atomic_store(&event->value, value);
     if (atomic_load(&event->sleepers) == 0) return;
 #if defined(__linux__)
     syscall(SYS_futex, &event->value, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
@@ -80,11 +87,15 @@ void fl_event_advance(fl_event *event) {
 #endif
 }
 
-void fl_event_wait(fl_event *event, uint32_t seen) {
+static int spin(fl_event *event, uint32_t seen) {
     for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(&event->value, memory_order_acquire) != seen) return;
+        if (atomic_load_explicit(&event->value, memory_order_acquire) != seen) return 1;
         relax();
     }
+    return 0;
+}
+
+static void sleep_until(fl_event *event, uint32_t seen) {
     atomic_fetch_add(&event->sleepers, 1);
 #if defined(__linux__)
     while (atomic_load(&event->value) == seen)
@@ -97,22 +108,31 @@ void fl_event_wait(fl_event *event, uint32_t seen) {
     atomic_fetch_sub(&event->sleepers, 1);
 }
 
+uint32_t fl_event_wait(fl_event *event, uint32_t seen) {
+    if (!spin(event, seen)) sleep_until(event, seen);
+    return atomic_load_explicit(&event->value, memory_order_acquire);
+}
+
 int fl_barrier_init(fl_barrier *barrier, uint32_t n) {
     barrier->n = n;
     atomic_init(&barrier->arrived, 0);
+    atomic_init(&barrier->slept, 0);
     return fl_event_init(&barrier->phase);
 }
 
 void fl_barrier_destroy(fl_barrier *barrier) { fl_event_destroy(&barrier->phase); }
 
 void fl_barrier_wait(fl_barrier *barrier) {
-    if (barrier->n == 1) return;
+    uint32_t n = barrier->n; /* read before arriving: afterwards it may change */
+    if (n == 1) return;
     uint32_t phase = atomic_load_explicit(&barrier->phase.value, memory_order_acquire);
-    if (atomic_fetch_add(&barrier->arrived, 1) == barrier->n - 1) {
+    if (atomic_fetch_add(&barrier->arrived, 1) == n - 1) {
         atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
-        fl_event_advance(&barrier->phase);
-    } else {
-        fl_event_wait(&barrier->phase, phase);
+        fl_event_set(&barrier->phase, phase + 1);
+    } else if (!spin(&barrier->phase, phase)) {
+        uint64_t begin = fl_os_clock();
+        sleep_until(&barrier->phase, phase);
+        atomic_fetch_add(&barrier->slept, fl_os_clock() - begin);
     }
 }
 

@@ -12,7 +12,10 @@
 void *fl_os_reserve(size_t bytes);
 void fl_os_release(void *memory, size_t bytes);
 
-/* A counter that threads wait on: they spin briefly, then sleep. */
+/* Nanoseconds since some fixed moment. */
+uint64_t fl_os_clock(void);
+
+/* A value that threads wait on: they spin briefly, then sleep. */
 typedef struct {
     _Atomic uint32_t value;
     _Atomic uint32_t sleepers;
@@ -22,14 +25,15 @@ typedef struct {
 
 int fl_event_init(fl_event *event); /* 0 on success */
 void fl_event_destroy(fl_event *event);
-void fl_event_advance(fl_event *event);                 /* value += 1, wake everybody */
-void fl_event_wait(fl_event *event, uint32_t seen);     /* until value != seen */
+void fl_event_set(fl_event *event, uint32_t value);      /* by one thread; wakes everybody */
+uint32_t fl_event_wait(fl_event *event, uint32_t seen); /* until it is not `seen`: the new value */
 
-/* All of `n` threads arrive, then all go on. */
+/* All of `n` threads arrive, then all go on. `n` may be changed while nobody is inside. */
 typedef struct {
     fl_event phase;
     _Atomic uint32_t arrived;
     uint32_t n;
+    _Atomic uint64_t slept; /* nanoseconds that threads slept here, added up; for the caller */
 } fl_barrier;
 
 int fl_barrier_init(fl_barrier *barrier, uint32_t n); /* 0 on success */

@@ -39,6 +39,8 @@ struct fl_engine {
     const uint8_t *weights;
     fl_sizes sizes;
     uint32_t n_threads, n_pages, max_sequences;
+    uint32_t active; /* threads that share this step, the caller's among them */
+    uint64_t retry_at, hold; /* when one more is tried again, and how long that was put off */
 
     uint8_t *arena; /* [n_pages][page_bytes] */
     size_t arena_bytes;
@@ -56,9 +58,10 @@ struct fl_engine {
     fl_act act; /* input of linear operations when there are several tokens */
     fl_act hidden_act; /* input of the down projection */
 
-    fl_event start; /* advanced once per step, and once to quit */
+    fl_event start; /* set once per step, and once to quit: number of the step, threads in it */
     fl_barrier barrier;
     _Atomic uint32_t quit;
+    uint32_t steps;
     uint32_t n_started; /* threads of the pool that run, the caller's not among them */
     fl_thread *threads; /* [n_threads] */
 };
