@@ -139,7 +139,7 @@ def _compile_kernels(
         (fresh / name).write_text(text, encoding="utf-8")
 
     def compile_unit(name: str) -> None:
-        isa = target.kernel_flags if name == f"fl_kernels_{target.isa}.c" else ()
+        isa = target.kernel_flags if name in ("fl_ops.c", f"fl_kernels_{target.isa}.c") else ()
         command = (*compiler.command, *_cross(target), *_FLAGS, *_pic(target), *isa, "-c", name)
         _run((*command, "-o", name.removesuffix(".c") + ".o"), fresh)
 
