@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,13 +32,11 @@ def model_c() -> str:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache and home."""
     monkeypatch.setenv("FLASHLITE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FLASHLITE_HOME", str(tmp_path / "home"))
-    toolchain._installation_key.cache_clear()
-    yield tmp_path / "cache"
-    toolchain._installation_key.cache_clear()
+    return tmp_path / "cache"
 
 
 def test_a_library_is_built_once(cache: Path, model_c: str) -> None:

@@ -42,7 +42,7 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
 )
 MAX_TOKENS = 512  # a small model that loops would go on to the end of its context
 _RUNNING = ("max_mem", "max_sequence_length", "threads", "preset", "isa", "offline",
-            "accept_license", "enable_integrity_check")  # fmt: skip
+            "accept_license", "enable_integrity_check", "prefix_cache", "speculate")  # fmt: skip
 
 
 def sampling(function: F) -> F:
@@ -90,6 +90,18 @@ def running(function: F) -> F:
             default=True,
             show_default=True,
             help="Compare every file with the manifest before use.",
+        ),
+        click.option(
+            "--prefix-cache/--no-prefix-cache",
+            default=True,
+            show_default=True,
+            help="Reuse what prompts that begin equally stored, also after a restart.",
+        ),
+        click.option(
+            "--speculate/--no-speculate",
+            default=True,
+            show_default=True,
+            help="Guess tokens that repeat the text, where it is faster; answers stay the same.",
         ),
     )
     for decorator in reversed(decorators):

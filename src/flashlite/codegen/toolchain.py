@@ -12,7 +12,6 @@ it is linked or loaded, since loading runs its code.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import secrets
@@ -272,36 +271,22 @@ def _keyed_digest(path: Path) -> str:
     return blake3(path.read_bytes(), key=_installation_key()).hexdigest()
 
 
-@functools.cache
 def _installation_key() -> bytes:
-    """32 secret bytes of this installation, made at first use, readable by the user alone."""
-    path = _private(paths.data_dir()) / "installation.key"
-    with contextlib.suppress(FileNotFoundError):
-        if len(key := path.read_bytes()) == 32:
-            return key
-        path.unlink(missing_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)  # mode 0600
-    with os.fdopen(handle, "wb") as file:
-        file.write(secrets.token_bytes(32))
     try:
-        os.link(temporary, path)  # the first of two concurrent makers wins
-    except FileExistsError:
-        pass
-    finally:
-        Path(temporary).unlink()
-    return path.read_bytes()
+        return paths.installation_key()
+    except OSError as error:
+        raise CompileError(
+            f"{paths.data_dir()}: {error.strerror}; set FLASHLITE_HOME elsewhere"
+        ) from None
 
 
 def _private(folder: Path) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.name == "posix" and folder.stat().st_mode & 0o077:
-            folder.chmod(0o700)
+        return paths.private_dir(folder)
     except OSError as error:
         raise CompileError(
             f"{folder}: {error.strerror}; set FLASHLITE_CACHE and FLASHLITE_HOME elsewhere"
         ) from None
-    return folder
 
 
 def _has_ziglang() -> bool:

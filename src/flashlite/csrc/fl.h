@@ -19,7 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FL_ABI 1
+#define FL_ABI 2
 #define FL_PAGE_TOKENS 32  /* tokens in one KV page */
 #define FL_MAX_BATCH 256   /* tokens in one step */
 #define FL_MAX_THREADS 64
@@ -83,6 +83,12 @@ FL_API void fl_describe(fl_info *info, uint32_t n_threads);
 FL_API fl_status fl_open(const fl_options *options, fl_engine **engine);
 FL_API fl_status fl_step(fl_engine *engine, const fl_batch *batch);
 FL_API void fl_close(fl_engine *engine); /* NULL is allowed */
+
+/* Copy one KV page out of the arena, or into it; not during a step. FL_BAD_ARGUMENT unless `page`
+ * is below n_pages and `size` is fl_info.page_bytes. What the 32 tokens of a page hold depends on
+ * the ids of these and all earlier tokens alone, so that a page may be kept and written back. */
+FL_API fl_status fl_page_read(const fl_engine *engine, uint32_t page, void *out, size_t size);
+FL_API fl_status fl_page_write(fl_engine *engine, uint32_t page, const void *from, size_t size);
 
 /* ---- sampling (fl_sample.c) ---- */
 

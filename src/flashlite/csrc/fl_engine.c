@@ -3,6 +3,7 @@
  * open:  check the target and the sizes -> reserve scratch and arena -> carve -> start threads
  * step:  check every id the caller gave -> wake the pool -> FL_MODEL.forward on every thread
  * close: stop the pool -> release
+ * page:  check the page and the length -> copy
  */
 #include <string.h>
 
@@ -249,5 +250,25 @@ fl_status fl_step(fl_engine *e, const fl_batch *batch) {
     FL_MODEL.forward(&e->threads[0]);
     fl_barrier_wait(&e->barrier);
     choose_threads(e, begin, fl_os_clock());
+    return FL_OK;
+}
+
+/* NULL when the page is not there or a page is not that long. */
+static uint8_t *find_page(const fl_engine *e, uint32_t page, size_t size) {
+    if (page >= e->n_pages || size != e->sizes.page_bytes) return NULL;
+    return e->arena + (size_t)page * e->sizes.page_bytes;
+}
+
+fl_status fl_page_read(const fl_engine *e, uint32_t page, void *out, size_t size) {
+    const uint8_t *from = find_page(e, page, size);
+    if (!from || !out) return FL_BAD_ARGUMENT;
+    memcpy(out, from, size);
+    return FL_OK;
+}
+
+fl_status fl_page_write(fl_engine *e, uint32_t page, const void *from, size_t size) {
+    uint8_t *to = find_page(e, page, size);
+    if (!to || !from) return FL_BAD_ARGUMENT;
+    memcpy(to, from, size);
     return FL_OK;
 }

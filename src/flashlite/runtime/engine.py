@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as Seq
+from ctypes import c_void_p
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from flashlite.errors import ContextOverflow, EngineError, UsageError
 from flashlite.runtime.kvpages import PagePool, PageTable, pages_for
-from flashlite.runtime.library import ABI, MAX_BATCH, CBatch, COptions, Library
+from flashlite.runtime.library import ABI, MAX_BATCH, PAGE_TOKENS, CBatch, COptions, Library
 
 __all__ = ["Engine", "Sequence", "Work", "default_threads"]
 
@@ -23,14 +24,61 @@ _MAX_THREADS = 64
 class Sequence:
     """One timeline of tokens and its KV pages."""
 
-    def __init__(self, table: PageTable) -> None:
+    def __init__(self, table: PageTable, prompt: NDArray[np.int32] | None = None) -> None:
         self.table = table
-        self.length = 0  # positions 0 .. length - 1 are stored
+        self.length = table.shared * PAGE_TOKENS  # positions 0 .. length - 1 are stored
+        self.ids = np.zeros(table.max_tokens, np.int32)  # what they hold
+        self._n_prompt = 0 if prompt is None else len(prompt)
+        self._shares = prompt is not None
+        if prompt is not None:
+            self.ids[: len(prompt)] = prompt
+
+    @property
+    def shareable(self) -> int:
+        """Tokens of the prompt that other sequences may have stored: whole pages, and never its
+        last token, whose logits are wanted.
+        """
+        return max(self._n_prompt - 1, 0) // PAGE_TOKENS * PAGE_TOKENS
+
+    def share(self) -> int:
+        """Let others use the pages that are full, and use what others have stored of the prompt.
+
+        The tokens before `length` are final from now on. A sequence made without its prompt
+        shares nothing.
+
+        Returns:
+            Tokens of the prompt that need not be computed, beyond those of earlier calls.
+        """
+        if not self._shares:
+            return 0
+        table, before = self.table, self.length
+        while (end := (table.shared + 1) * PAGE_TOKENS) <= self.length:
+            table.publish(self._page_ids(), prompt=end <= self._n_prompt)
+        while self.length == table.shared * PAGE_TOKENS < self.shareable:
+            if not table.adopt(self._page_ids()):
+                break
+            self.length += PAGE_TOKENS
+        return self.length - before
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on: what they stored will be written over.
+
+        Raises:
+            EngineError: others may be reading it.
+        """
+        if not self.table.shared * PAGE_TOKENS <= length <= self.length:
+            raise EngineError(f"a sequence of {self.length} tokens cannot go back to {length}")
+        self.length = length
 
     def release(self) -> None:
         """Give the pages back; the sequence holds nothing afterwards."""
         self.table.release()
         self.length = 0
+
+    def _page_ids(self) -> bytes:
+        """The ids of the first page that is not shared."""
+        at = self.table.shared * PAGE_TOKENS
+        return self.ids[at : at + PAGE_TOKENS].tobytes()
 
 
 @dataclass(frozen=True)
@@ -59,6 +107,7 @@ class Engine:
         max_tokens: int,
         threads: int | None = None,
         max_sequences: int = 1,
+        max_draft: int = 0,
     ) -> None:
         """Open the engine.
 
@@ -68,6 +117,8 @@ class Engine:
             max_tokens: KV positions in the arena, over all sequences, rounded up to pages.
             threads: None: one per core this process may use.
             max_sequences: sequences in one step, 1 .. 256.
+            max_draft: rows of logits kept ready beside one per sequence; a step that asks for
+                more takes fresh memory.
 
         Raises:
             UsageError: a number is outside its range.
@@ -99,20 +150,35 @@ class Engine:
         self._sequences = np.zeros(MAX_BATCH, np.int32)
         self._logit_rows = np.zeros(MAX_BATCH, np.int32)
         self._pages = np.zeros((max_sequences, self.pool.n_pages), np.int32)
-        self._logits = np.zeros((max_sequences, self.vocab_size), np.float32)
+        self._logits = np.zeros((max_sequences + max_draft, self.vocab_size), np.float32)
 
     @property
     def memory(self) -> dict[str, int]:
         """Bytes by use: what the engine holds at most."""
         return {
             "weights": int(self._weights.nbytes),
-            "kv": self.pool.n_pages * int(self.info.page_bytes),
+            "kv": self.pool.n_pages * self.page_bytes,
             "scratch": int(self.info.scratch_bytes),
             "logits": int(self._logits.nbytes),
         }
 
-    def new_sequence(self, max_tokens: int) -> Sequence:
+    @property
+    def is_open(self) -> bool:
+        """Whether it can step."""
+        return bool(self._handle)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one KV page of the arena."""
+        return int(self.info.page_bytes)
+
+    def new_sequence(self, max_tokens: int, prompt: NDArray[np.int32] | None = None) -> Sequence:
         """A sequence of at most `max_tokens`, its pages reserved now, so that it cannot run short.
+
+        Args:
+            max_tokens: positions it may hold.
+            prompt: what it will begin with, to share pages with other sequences; what they have
+                stored of it is there from the start (`length`). None: it shares nothing.
 
         Raises:
             ContextOverflow: FL-405, more than the model's context or the whole arena.
@@ -121,16 +187,19 @@ class Engine:
         limit = min(self.max_context, self.pool.n_pages * int(self.info.page_tokens))
         if max_tokens > limit:
             raise ContextOverflow(max_tokens, limit)
+        if prompt is not None and len(prompt) > max_tokens:
+            raise ContextOverflow(len(prompt), max_tokens)
         table = PageTable(self.pool, max_tokens)
-        table.reserve(max_tokens)
-        return Sequence(table)
+        beginning = b"" if prompt is None else prompt[: len(prompt) - 1].tobytes()
+        table.reserve(max_tokens, beginning)
+        return Sequence(table, prompt)
 
     def step(self, work: Seq[Work]) -> NDArray[np.float32]:
         """Append tokens to sequences and return the logits asked for.
 
         Returns:
-            float32 (rows, vocab), in order of `work`. With one row per sequence it is a view that
-            the next step overwrites.
+            float32 (rows, vocab), in order of `work`. With one row per sequence, and `max_draft`
+            more, it is a view that the next step overwrites.
 
         Raises:
             ContextOverflow: a sequence would grow beyond what it reserved (FL-405).
@@ -138,7 +207,7 @@ class Engine:
         """
         n, rows = self._fill(work)
         logits = self._logits
-        if rows > self.max_sequences:  # "all": evaluation, not serving
+        if rows > len(logits):  # "all": evaluation, not serving
             logits = np.empty((rows, self.vocab_size), np.float32)
         batch = CBatch(
             n_tokens=n,
@@ -154,8 +223,22 @@ class Engine:
         )
         self.library.step(self._handle, batch)
         for item in work:
-            item.sequence.length += len(item.ids)
+            sequence, end = item.sequence, item.sequence.length + len(item.ids)
+            sequence.ids[sequence.length : end] = item.ids
+            sequence.length = end
         return logits[:rows]
+
+    def read_page(self, page: int, out: NDArray[np.uint8]) -> None:
+        """Copy a KV page of the arena to `out`, of `info.page_bytes`.
+
+        Raises:
+            EngineError: the engine is closed, or there is no such page, or it has another size.
+        """
+        self.library.read_page(self._open_handle(), page, out.ctypes.data, out.nbytes)
+
+    def write_page(self, page: int, source: NDArray[np.uint8]) -> None:
+        """Copy `source` to a KV page of the arena; otherwise as `read_page`."""
+        self.library.write_page(self._open_handle(), page, source.ctypes.data, source.nbytes)
 
     def close(self) -> None:
         """Stop the threads and release the arena; calling it again does nothing."""
@@ -165,8 +248,7 @@ class Engine:
 
     def _fill(self, work: Seq[Work]) -> tuple[int, int]:
         """Write the batch arrays; returns (tokens, rows of logits)."""
-        if not self._handle:
-            raise EngineError("the engine is closed")
+        self._open_handle()
         total = sum(len(item.ids) for item in work)
         if not work or len(work) > self.max_sequences or any(not len(item.ids) for item in work):
             raise EngineError(
@@ -190,6 +272,11 @@ class Engine:
             rows += wanted
             n = end
         return n, rows
+
+    def _open_handle(self) -> c_void_p:
+        if not self.is_open:
+            raise EngineError("the engine is closed")
+        return self._handle
 
     def __enter__(self) -> Engine:
         return self

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 # As in fl.h; the library repeats them in fl_describe and is refused when it disagrees.
-ABI = 1
+ABI = 2
 MAX_BATCH = 256
 PAGE_TOKENS = 32
 
@@ -123,6 +123,8 @@ class Library:
             "fl_open": (c_int32, [POINTER(COptions), POINTER(c_void_p)]),
             "fl_step": (c_int32, [c_void_p, POINTER(CBatch)]),
             "fl_close": (None, [c_void_p]),
+            "fl_page_read": (c_int32, [c_void_p, c_uint32, c_void_p, c_size_t]),
+            "fl_page_write": (c_int32, [c_void_p, c_uint32, c_void_p, c_size_t]),
             "fl_sample": (
                 c_int32,
                 [c_void_p, c_uint32, POINTER(CSampling), c_void_p, POINTER(CDraw)],
@@ -166,6 +168,22 @@ class Library:
     def close(self, handle: c_void_p) -> None:
         """Stop the engine's threads and release its memory."""
         self._c.fl_close(handle)
+
+    def read_page(self, handle: c_void_p, page: int, out: int, size: int) -> None:
+        """Copy a KV page to the address `out`.
+
+        Raises:
+            EngineError: there is no such page, or `size` is not that of a page.
+        """
+        self.check(self._c.fl_page_read(handle, page, out, size), "page_read")
+
+    def write_page(self, handle: c_void_p, page: int, source: int, size: int) -> None:
+        """Copy a KV page from the address `source`.
+
+        Raises:
+            EngineError: as `read_page`.
+        """
+        self.check(self._c.fl_page_write(handle, page, source, size), "page_write")
 
     def sample(
         self, logits: int, vocab: int, sampling: CSampling, scratch: int, draw: CDraw

@@ -18,21 +18,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
+import numpy as np
+
 from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import load_texts, load_weights
 from flashlite.checkpoint.tokenizer import Tokenizer, TokenizerFiles
 from flashlite.codegen.target import Target
 from flashlite.errors import EngineError, UsageError
 from flashlite.runtime.engine import Engine, default_threads
-from flashlite.runtime.library import Library, load_library
+from flashlite.runtime.library import PAGE_TOKENS, Library, load_library
 from flashlite.runtime.memory import Ledger, parse_size, plan_tokens, resident_bytes
+from flashlite.runtime.prefixstore import open_store
+from flashlite.runtime.prefixtree import prefix_of
 from flashlite.runtime.prepare import DEFAULT_MODEL, Progress, compile_artifact, find_artifact
 from flashlite.runtime.sampling import SamplingParams
 from flashlite.runtime.scheduler import FinishReason, Generation, Piece, Scheduler
+from flashlite.runtime.speculate import MAX_DRAFT
 
 __all__ = ["Answer", "Message", "Model", "load", "make_ledger", "open_model", "summarize"]
 
 Message = Mapping[str, str]
+
+# What `close` keeps of the prefix cache: beginnings that several prompts had, and the last ones
+# that only one had, since its next question may be the one after a restart.
+_LEAST_KEPT = 64  # tokens
+_ONCE_KEPT = 8
+_MOST_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,9 @@ class Answer:
     time_to_first_token: float  # seconds from submission
     tokens_per_second: float  # of the tokens after the first; 0 when there is only one
     logprobs: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
+    cached_tokens: int = 0  # of the prompt: found in the prefix cache instead of computed
+    drafted_tokens: int = 0  # guessed by speculation, and checked
+    accepted_tokens: int = 0  # of these: in the answer
 
 
 class Model:
@@ -131,9 +145,39 @@ class Model:
             with self._lock:
                 self.scheduler.cancel(generation)
 
+    def save_prefix(self, beginning: str | Sequence[Message]) -> int:
+        """Compute the beginning of prompts to come and keep it on disk, past a restart.
+
+        Args:
+            beginning: what `generate` prompts will begin with, or the first messages of chats.
+
+        Returns:
+            Tokens kept: whole pages of 32. 0 where the prefix cache is off or the disk refuses.
+
+        Raises:
+            FlashliteError: as `chat`.
+        """
+        if isinstance(beginning, str):
+            ids = self.tokenizer.encode_prompt(beginning)
+        else:
+            ids = self.tokenizer.render_chat(beginning, add_generation_prompt=False)
+        list(self.follow(self.submit(ids, SamplingParams(max_tokens=1))))
+        engine, store = self.scheduler.engine, self.scheduler.store
+        with self._lock:
+            path = engine.pool.tree.find(np.asarray(ids, np.int32).tobytes())
+            if store is None or not path:
+                return 0
+            return store.save(prefix_of(path), engine.read_page) * PAGE_TOKENS
+
     def close(self) -> None:
-        """Release the engine; calling it again does nothing."""
-        self.scheduler.engine.close()
+        """Keep the beginnings of prompts for the next time and release the engine; calling it
+        again does nothing.
+        """
+        engine, store = self.scheduler.engine, self.scheduler.store
+        if store is not None and engine.is_open:
+            for prefix in engine.pool.tree.frequent(_LEAST_KEPT, _ONCE_KEPT)[:_MOST_KEPT]:
+                store.save(prefix, engine.read_page)
+        engine.close()
 
     def _answer(
         self, prompt: Sequence[int], stream: bool, settings: Mapping[str, Any]
@@ -185,6 +229,9 @@ def summarize(generation: Generation, pieces: Sequence[Piece]) -> Answer:
         )
         if generation.params.logprobs is not None
         else (),
+        cached_tokens=generation.cached_tokens,
+        drafted_tokens=generation.drafted_tokens,
+        accepted_tokens=generation.accepted_tokens,
     )
 
 
@@ -197,6 +244,8 @@ def load(
     threads: int | None = None,
     preset: str = "import",
     max_sequences: int = 1,
+    prefix_cache: bool = True,
+    speculate: bool = True,
     accept_license: bool = False,
     offline: bool = False,
     isa: str | None = None,
@@ -212,6 +261,8 @@ def load(
         threads: None: one per core this process may use.
         preset: `import`, `hybrid`, `q8` or `q4`, when the artifact has to be made.
         max_sequences: conversations that run at once.
+        prefix_cache: reuse what prompts that begin equally stored, also after a restart.
+        speculate: check guessed tokens, where that is faster; the answer stays the same.
         accept_license: for models whose licence asks for it.
         offline: use only what is on this machine.
         isa: `avx512`, `avx2` or `plain`; None: the best this CPU runs.
@@ -238,6 +289,8 @@ def load(
         enable_integrity_check=enable_integrity_check,
         threads=threads,
         max_sequences=max_sequences,
+        prefix_cache=prefix_cache,
+        speculate=speculate,
     )
 
 
@@ -250,6 +303,8 @@ def open_model(
     enable_integrity_check: bool = True,
     threads: int | None = None,
     max_sequences: int = 1,
+    prefix_cache: bool = True,
+    speculate: bool = True,
 ) -> Model:
     """Compile and open an artifact; arguments as `load`.
 
@@ -258,6 +313,7 @@ def open_model(
     """
     ceiling = None if max_mem is None else parse_size(max_mem)
     threads = default_threads() if threads is None else threads
+    draft = MAX_DRAFT if speculate else 0
     with ThreadPoolExecutor(1) as beside:
         # Weights are read while the vocabulary is parsed; under a ceiling not before they fit.
         reading = None
@@ -266,7 +322,7 @@ def open_model(
         tokenizer = _tokenizer(load_texts(artifact), artifact.name)
         library = load_library(compile_artifact(artifact, target))
         tokens = plan_tokens(
-            make_ledger(artifact, library, threads, max_sequences),
+            make_ledger(artifact, library, threads, max_sequences, draft),
             context=artifact.spec.max_context,
             wanted=max_sequence_length,
             ceiling=ceiling,
@@ -280,8 +336,17 @@ def open_model(
         max_tokens=tokens * max_sequences,
         threads=threads,
         max_sequences=max_sequences,
+        max_draft=draft,
     )
-    return Model(artifact, tokenizer, Scheduler(engine, tokenizer, max_tokens=tokens))
+    scheduler = Scheduler(
+        engine,
+        tokenizer,
+        max_tokens=tokens,
+        prefix_cache=prefix_cache,
+        store=open_store(artifact, target.isa, engine.page_bytes) if prefix_cache else None,
+        speculate=speculate,
+    )
+    return Model(artifact, tokenizer, scheduler)
 
 
 @functools.lru_cache(maxsize=1)
@@ -290,13 +355,15 @@ def _tokenizer(files: TokenizerFiles, name: str) -> Tokenizer:
     return Tokenizer(files, name=name)
 
 
-def make_ledger(artifact: Artifact, library: Library, threads: int, max_sequences: int) -> Ledger:
+def make_ledger(
+    artifact: Artifact, library: Library, threads: int, max_sequences: int, max_draft: int = 0
+) -> Ledger:
     """What the model will hold, before any of it is allocated."""
     info = library.describe(threads)
     return Ledger(
         weights=artifact.weights_size,
         scratch=int(info.scratch_bytes),
-        logits=max_sequences * int(info.vocab_size) * 4,
+        logits=(max_sequences + max_draft) * int(info.vocab_size) * 4,
         runtime=resident_bytes(),
         kv_page=int(info.page_bytes) * max_sequences,
         page_tokens=int(info.page_tokens),

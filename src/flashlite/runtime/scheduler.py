@@ -4,7 +4,8 @@
 
 Each step takes one token of every decoding request, then fills what is left of the batch with
 prompt tokens of those still in prefill, at most `CHUNK_BESIDE_DECODE` of them while others decode,
-so that a long prompt does not freeze the others.
+so that a long prompt does not freeze the others. What others have stored of a prompt, or a file
+holds, is not computed. While nothing is in prefill, a decoding request may add a draft.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashlite.checkpoint.tokenizer import StreamDecoder, Tokenizer
-from flashlite.errors import ContextOverflow, UsageError
+from flashlite.errors import ContextOverflow, MemoryCeiling, UsageError
 from flashlite.runtime.engine import Engine, Sequence, Work
-from flashlite.runtime.kvpages import pages_for
-from flashlite.runtime.library import MAX_BATCH
+from flashlite.runtime.library import MAX_BATCH, PAGE_TOKENS
+from flashlite.runtime.prefixstore import PrefixStore
 from flashlite.runtime.sampler import Drawn, Sampler
 from flashlite.runtime.sampling import SamplingParams, StopStrings
+from flashlite.runtime.speculate import DRAFT_BESIDE, MAX_DECODING, MAX_DRAFT, Drafter, Pace
 
 __all__ = ["FinishReason", "Generation", "Piece", "Scheduler"]
 
@@ -54,9 +56,13 @@ class Generation:
     stops: StopStrings
     sequence: Sequence | None = None
     pending: int | None = None  # drawn, not yet in the KV cache
+    drafter: Drafter | None = None  # from its first decode step, when drafts are allowed
     generated: list[int] = field(default_factory=list)
     pieces: deque[Piece] = field(default_factory=deque)  # for the caller to take
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0  # of the prompt: found stored instead of computed
+    drafted_tokens: int = 0  # guessed, and checked in a step
+    accepted_tokens: int = 0  # of these: as the sampler drew them
     submitted: float = 0.0  # seconds of time.perf_counter
     first_token: float | None = None
     last_token: float | None = None
@@ -70,11 +76,31 @@ class Generation:
 class Scheduler:
     """Continuous batching over one engine; call `step` until `idle`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_tokens: int) -> None:
-        """`max_tokens`: positions one sequence may hold, prompt and answer together."""
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int,
+        prefix_cache: bool = False,
+        store: PrefixStore | None = None,
+        speculate: bool = False,
+    ) -> None:
+        """Schedule for one engine.
+
+        Args:
+            max_tokens: positions one sequence may hold, prompt and answer together.
+            prefix_cache: requests share the pages of equal beginnings.
+            store: with `prefix_cache`, beginnings that are looked for on disk too.
+            speculate: draft where it is faster.
+        """
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.prefix_cache = prefix_cache
+        self.store = store
+        self.speculate = speculate
+        self._pace = Pace()
         self._ends = frozenset(tokenizer.tokens.eos)
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
@@ -131,30 +157,71 @@ class Scheduler:
         batch = self._plan()
         if not batch:
             return
+        begun = time.perf_counter()
         logits = self.engine.step([work for _, work in batch])
+        if all(generation.pending is not None for generation, _ in batch):  # nothing but decoding
+            tokens = sum(len(work.ids) for _, work in batch)
+            self._pace.note(tokens, time.perf_counter() - begun)
         row = 0
         for generation, work in batch:
+            drafted = len(work.ids) - 1 if work.logits == "all" else 0
+            rows = 0 if work.logits == "none" else drafted + 1
             generation.pending = None
-            if work.logits == "last":
+            if drafted:
+                self._check_draft(generation, work, logits[row : row + rows])
+            elif rows:
                 self._advance(generation, logits[row])
-                row += 1
+            row += rows
+        for generation in self._running:
+            if generation.sequence is not None:
+                generation.cached_tokens += generation.sequence.share()
 
     def _admit(self) -> None:
         """First come, first served; a request starts when its whole length has pages."""
         while self._waiting and len(self._running) < self.engine.max_sequences:
             head = self._waiting[0]
             tokens = len(head.prompt) + head.room
-            if pages_for(tokens) > self.engine.pool.free and self._running:
-                return
-            head.sequence = self.engine.new_sequence(tokens)
+            try:
+                sequence = self.engine.new_sequence(
+                    tokens, head.prompt if self.prefix_cache else None
+                )
+            except MemoryCeiling:
+                if self._running:  # they will give pages back
+                    return
+                raise
             self._waiting.popleft()
             self._running.append(head)
+            head.sequence = sequence
+            self._restore(sequence)
+            head.cached_tokens = sequence.length
+
+    def _restore(self, sequence: Sequence) -> None:
+        """Fill the sequence's pages with what a file holds beyond what is in the arena."""
+        if self.store is None or not self.prefix_cache:
+            return
+        found = self.store.find(sequence.ids[: sequence.shareable].tobytes())
+        first, pages = sequence.table.shared, sequence.table.ids
+        if found is None or found[1] <= first:
+            return
+        saved, end = found
+
+        def place(index: int, page: NDArray[np.uint8]) -> None:
+            self.engine.write_page(int(pages[index]), page)
+
+        if self.store.read(saved, first, end, place):
+            sequence.length = end * PAGE_TOKENS
+            sequence.share()
 
     def _plan(self) -> list[tuple[Generation, Work]]:
         batch: list[tuple[Generation, Work]] = []
+        n_decoding = sum(g.pending is not None for g in self._running)
+        drafts = self.speculate and n_decoding == len(self._running) <= MAX_DECODING
         for generation in self._running:
             if generation.pending is not None and generation.sequence is not None:
-                batch.append((generation, Work(generation.sequence, [generation.pending])))
+                draft = self._draft(generation, n_decoding - 1) if drafts else []
+                ids = [generation.pending, *draft]
+                work = Work(generation.sequence, ids, "all" if draft else "last")
+                batch.append((generation, work))
         left = min(MAX_BATCH - len(batch), CHUNK_BESIDE_DECODE if batch else MAX_BATCH)
         for generation in self._running:
             done = generation.prefilled
@@ -167,6 +234,31 @@ class Scheduler:
             left -= len(chunk)
         return batch
 
+    def _draft(self, generation: Generation, beside: int) -> list[int]:
+        """What to check beside the pending token; never more than the answer has room for."""
+        if generation.drafter is None:
+            ids = [*generation.prompt.tolist(), *generation.generated]
+            generation.drafter = Drafter(ids)
+        limit = generation.room - len(generation.generated) - 1
+        most = DRAFT_BESIDE if beside else MAX_DRAFT
+        return generation.drafter.propose(self._pace, min(limit, most), beside)
+
+    def _check_draft(self, generation: Generation, work: Work, logits: NDArray[np.float32]) -> None:
+        """Draw row by row, as single steps would have, until a draw is not the draft's token."""
+        sequence, drafter, draft = work.sequence, generation.drafter, work.ids[1:]
+        sequence.truncate(sequence.length - len(draft))
+        accepted = 0
+        for row in logits:
+            self._advance(generation, row)
+            if accepted == len(draft) or generation.pending != draft[accepted]:
+                break
+            accepted += 1
+            sequence.length += 1  # the accepted token was stored by the same step
+        generation.drafted_tokens += len(draft)
+        generation.accepted_tokens += accepted
+        if drafter is not None:
+            drafter.learn(len(draft), accepted)
+
     def _advance(self, generation: Generation, logits: NDArray[np.float32]) -> None:
         """Draw the next token and turn it into text."""
         drawn = generation.sampler.draw(logits)
@@ -175,6 +267,8 @@ class Scheduler:
         if generation.first_token is None:
             generation.first_token = now
         generation.generated.append(drawn.token)
+        if generation.drafter is not None:
+            generation.drafter.push(drawn.token)
         if drawn.token in self._ends:
             self._finish(generation, "stop", "", drawn)
             return
@@ -200,4 +294,5 @@ class Scheduler:
         if generation in self._running:
             self._running.remove(generation)
         if generation.sequence is not None:
+            generation.sequence.share()
             generation.sequence.release()

@@ -140,12 +140,13 @@ class _Reply:
     def _finish_reason(self, piece: Piece) -> str | None:
         return "stop" if piece.finish_reason == "cancelled" else piece.finish_reason
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt, completion = len(self._generation.prompt), len(self._generation.generated)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self._generation.cached_tokens},
         }
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
