@@ -12,6 +12,19 @@ sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
 
 import make_gguf
 
+from flashlite import paths
+
+
+@pytest.fixture
+def own_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of prefixes for one test; what is compiled stays where it is."""
+    builds = paths.private_dir(paths.cache_dir() / "builds")
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    (cache / "builds").symlink_to(builds)
+    monkeypatch.setenv("FLASHLITE_CACHE", str(cache))
+    return cache / "prefixes"
+
 
 @pytest.fixture(scope="session")
 def flashlite_data() -> Path:

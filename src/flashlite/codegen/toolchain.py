@@ -12,6 +12,7 @@ it is linked or loaded, since loading runs its code.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets

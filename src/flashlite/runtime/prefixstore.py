@@ -173,6 +173,7 @@ class PrefixStore:
         pages = min(len(prefix.pages), _MAX_PAGES, self._max_bytes // 2 // (page_bytes + 256))
         ids = prefix.ids[: pages * PAGE_KEY]
         try:
+            paths.private_dir(self._folder)  # another process removes it while it is empty
             known = self.find(ids)
             if known and known[1] == pages:
                 os.utime(known[0].path)

@@ -161,7 +161,9 @@ class Scheduler:
         logits = self.engine.step([work for _, work in batch])
         if all(generation.pending is not None for generation, _ in batch):  # nothing but decoding
             tokens = sum(len(work.ids) for _, work in batch)
-            self._pace.note(tokens, time.perf_counter() - begun)
+            self._pace.note(len(batch), tokens, time.perf_counter() - begun)
+        else:
+            self._pace.restart()
         row = 0
         for generation, work in batch:
             drafted = len(work.ids) - 1 if work.logits == "all" else 0
@@ -250,7 +252,9 @@ class Scheduler:
         accepted = 0
         for row in logits:
             self._advance(generation, row)
-            if accepted == len(draft) or generation.pending != draft[accepted]:
+            if generation.finish_reason is not None or accepted == len(draft):
+                break
+            if generation.pending != draft[accepted]:
                 break
             accepted += 1
             sequence.length += 1  # the accepted token was stored by the same step

@@ -39,29 +39,40 @@ _GUESSED = 0.1  # of a plain step, per token more, until it was measured
 
 
 class Pace:
-    """How long a decode step of n tokens takes, of one engine."""
+    """What drafts cost in one engine: the time of a step, in those of the step without them."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
+        self._plain: dict[int, float] = {}  # seconds of a step of so many requests, at present
+        self._ratio: dict[tuple[int, int], float] = {}  # by (requests, tokens)
 
-    def note(self, n: int, seconds: float) -> None:
-        """Learn from a step of n tokens. A slower one counts less: other programs make steps
-        slow, nothing makes them fast.
+    def restart(self) -> None:
+        """Other requests decode from now on: plain steps take as long as their contexts ask for,
+        which is measured anew. Ratios hardly depend on it.
         """
-        known = self._seconds.get(n)
-        if known is None:
-            self._seconds[n] = seconds
-        else:
-            self._seconds[n] += (seconds - known) * (0.5 if seconds < known else 0.1)
+        self._plain.clear()
 
-    def ratio(self, n: int, base: int) -> float | None:
-        """The time of n tokens as a multiple of that of `base` tokens; None: not known yet."""
-        plain = self._seconds.get(base)
-        if plain is None:
+    def note(self, requests: int, tokens: int, seconds: float) -> None:
+        """Learn from a decode step of so many requests and tokens."""
+        if tokens == requests:
+            self._plain[tokens] = _follow(self._plain.get(tokens), seconds)
+        elif (plain := self._plain.get(requests)) is not None:
+            at = (requests, tokens)
+            self._ratio[at] = _follow(self._ratio.get(at), seconds / plain)
+
+    def ratio(self, requests: int, tokens: int) -> float | None:
+        """Time of a step of `tokens`, in plain ones; None before a plain one was measured."""
+        if requests not in self._plain:
             return None
-        if n in self._seconds:
-            return self._seconds[n] / plain
-        return 1 + _GUESSED * (n - base)
+        return self._ratio.get((requests, tokens), 1 + _GUESSED * (tokens - requests))
+
+
+def _follow(known: float | None, value: float) -> float:
+    """A running mean; a higher value counts less, since other programs make steps slow and
+    nothing makes them fast.
+    """
+    if known is None:
+        return value
+    return known + (value - known) * (0.5 if value < known else 0.1)
 
 
 class Drafter:
@@ -119,7 +130,7 @@ class Drafter:
         p = (self._right[kind] + _PRIOR) / (self._right[kind] + self._wrong[kind] + 1)
         best, length = _BETTER, 0
         for k in _LENGTHS:
-            cost = pace.ratio(beside + 1 + k, beside + 1)
+            cost = pace.ratio(beside + 1, beside + 1 + k)
             if k > limit or cost is None:
                 break
             tokens = (1 - p ** (k + 1)) / (1 - p)  # 1 + p + ... + p^k
