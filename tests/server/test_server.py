@@ -79,6 +79,14 @@ def test_an_answer_has_openais_shape(client: httpx.Client) -> None:
     assert 1 <= usage["completion_tokens"] <= 8
 
 
+def test_usage_tells_what_was_found_of_the_prompt(client: httpx.Client) -> None:
+    asked = ask("tell me again " * 20, max_tokens=2)
+    usages = [client.post(CHAT, json=asked).json()["usage"] for _ in range(2)]
+    found = usages[1]["prompt_tokens_details"]["cached_tokens"]
+    assert found == (usages[1]["prompt_tokens"] - 1) // 32 * 32 >= 32
+    assert usages[0]["prompt_tokens"] == usages[1]["prompt_tokens"]
+
+
 def test_streamed_pieces_join_to_the_whole_answer(client: httpx.Client) -> None:
     asked = ask(temperature=0, max_tokens=24)
     whole = client.post(CHAT, json=asked).json()
@@ -86,6 +94,7 @@ def test_streamed_pieces_join_to_the_whole_answer(client: httpx.Client) -> None:
     response = client.post(CHAT, json=asked | options)
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, last = events(response.text)
+    del last["usage"]["prompt_tokens_details"], whole["usage"]["prompt_tokens_details"]
     assert last["usage"] == whole["usage"]
     assert last["choices"] == []
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
