@@ -12,9 +12,7 @@ from flashlite.cli.main import main
 
 
 @pytest.fixture
-def run(
-    tiny_gguf: Path, own_prefixes: Path, capfd: pytest.CaptureFixture[str]
-) -> Any:
+def run(tiny_gguf: Path, own_prefixes: Path, capfd: pytest.CaptureFixture[str]) -> Any:
     def ask(*words: str) -> dict[str, Any]:
         fixed = ["run", str(tiny_gguf), "--isa", "plain", "--threads", "2", "--json"]
         assert main([*fixed, "-p", "once upon a time " * 12, *words]) == 0

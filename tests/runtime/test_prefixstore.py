@@ -124,6 +124,7 @@ def test_a_file_with_any_byte_changed_is_removed_unused(tmp_path: Path) -> None:
         bad[at] ^= 1 << at % 8
         file.write_bytes(bad)
         store = opened(tmp_path / "m")
+        assert at >= len(good) - 2 * PAGE or store.find(text(1, 2)) is None, at
         assert loaded(store, 1, 2) is None, at
         assert not file.exists(), at
         file.touch(mode=0o600)
@@ -138,7 +139,7 @@ def test_a_file_of_any_other_length_is_removed_unused(tmp_path: Path) -> None:
     for wrong in (*(good[:n] for n in range(len(good))), good + b"\0", good + good):
         file.touch(mode=0o600)
         file.write_bytes(wrong)
-        assert loaded(opened(tmp_path / "m"), 1, 2) is None
+        assert opened(tmp_path / "m").find(text(1, 2)) is None
         assert not file.exists()
 
 
@@ -223,6 +224,19 @@ def test_a_text_longer_than_half_the_room_is_cut(tmp_path: Path) -> None:
     assert saved(store, 1, 2, 3, 4, 5) == 3
     assert loaded(store, 1, 2, 3, 4, 5) == [1, 2, 3]
     assert saved(opened(tmp_path / "n", max_bytes=10), 1, 2) == 0
+
+
+def test_no_more_is_written_at_once_than_is_kept(tmp_path: Path) -> None:
+    store = opened(tmp_path / "m", max_bytes=5 * (PAGE + 256))
+    written: list[int] = []
+
+    def read(number: int, out: NDArray[np.uint8]) -> None:
+        written.append(number)
+        fill(number, out)
+
+    prefixes = [Prefix(text(*tokens), list(tokens)) for tokens in ((1, 2), (3, 4), (5, 6))]
+    store.save_latest(prefixes, read)
+    assert written == [1, 2, 3, 4]
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:

@@ -43,7 +43,6 @@ Message = Mapping[str, str]
 # that only one had, since its next question may be the one after a restart.
 _LEAST_KEPT = 64  # tokens
 _ONCE_KEPT = 8
-_MOST_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -174,10 +173,11 @@ class Model:
         again does nothing.
         """
         engine, store = self.scheduler.engine, self.scheduler.store
-        if store is not None and engine.is_open:
-            for prefix in engine.pool.tree.frequent(_LEAST_KEPT, _ONCE_KEPT)[:_MOST_KEPT]:
-                store.save(prefix, engine.read_page)
-        engine.close()
+        with self._lock:
+            if store is not None and engine.is_open:
+                frequent = engine.pool.tree.frequent(_LEAST_KEPT, _ONCE_KEPT)
+                store.save_latest(frequent, engine.read_page)
+            engine.close()
 
     def _answer(
         self, prompt: Sequence[int], stream: bool, settings: Mapping[str, Any]

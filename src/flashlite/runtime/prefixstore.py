@@ -22,7 +22,7 @@ import stat
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -158,6 +158,15 @@ class PrefixStore:
             self._discard(saved.path)
             return False
         return True
+
+    def save_latest(self, prefixes: Iterable[Prefix], read_page: Place) -> None:
+        """Keep prefixes, the latest first, as many as the limit allows; otherwise as `save`."""
+        room = self._max_bytes // (self._page.nbytes + 256)
+        for prefix in prefixes:
+            room -= len(prefix.pages)
+            if room < 0:
+                return
+            self.save(prefix, read_page)
 
     def save(self, prefix: Prefix, read_page: Place) -> int:
         """Keep a prefix, or what of it the limit allows; nothing is done where it is kept already.

@@ -199,7 +199,7 @@ class Scheduler:
 
     def _restore(self, sequence: Sequence) -> None:
         """Fill the sequence's pages with what a file holds beyond what is in the arena."""
-        if self.store is None or not self.prefix_cache:
+        if self.store is None or sequence.length >= sequence.shareable:
             return
         found = self.store.find(sequence.ids[: sequence.shareable].tobytes())
         first, pages = sequence.table.shared, sequence.table.ids
