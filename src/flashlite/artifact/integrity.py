@@ -90,7 +90,8 @@ def read_small(folder: Path, name: str, manifest: Manifest | None = None) -> byt
         if size > limit:
             raise ArtifactError(f"{path}: {size} bytes, at most {limit} are read; {_AGAIN}")
         parts = []
-        while part := file.read(limit + 1):
+        # Not `limit` at once: that much memory would be asked for.
+        while part := file.read(min(size, limit) + 1):
             parts.append(part)
             limit -= len(part)
             if limit < 0:

@@ -10,6 +10,7 @@ process that has loaded it.
 
 from __future__ import annotations
 
+import codecs
 import mmap
 import os
 from contextlib import suppress
@@ -56,6 +57,7 @@ from flashlite.model.spec import ModelSpec
 
 __all__ = ["load_texts", "load_weights", "open_artifact", "packed", "tensor"]
 
+_PIECE = 1 << 18  # bytes of text looked at together
 _KEYS = {"format_version", "name", "model", "plan", "tokens", "provenance"}
 
 
@@ -130,13 +132,17 @@ def load_texts(artifact: Artifact, *, verify: bool = True) -> TokenizerFiles:
     """
     manifest = artifact.manifest if verify else None
 
-    def text(name: str) -> str:
+    def text(name: str) -> bytes:
+        data = read_small(artifact.path, name, manifest)
+        decoder = codecs.getincrementaldecoder("utf-8")()
         try:
-            return read_small(artifact.path, name, manifest).decode("utf-8")
+            for at in range(0, len(data) + 1, _PIECE):  # a `str` of it all may take 4 times as much
+                decoder.decode(data[at : at + _PIECE], final=at + _PIECE > len(data))
         except UnicodeDecodeError as error:
             raise ArtifactError(f"{artifact.path / name}: not UTF-8: {error.reason}") from None
+        return data
 
-    template = text(TEMPLATE) if TEMPLATE in artifact.manifest.files else None
+    template = text(TEMPLATE).decode() if TEMPLATE in artifact.manifest.files else None
     return TokenizerFiles(text(TOKENIZER), template, artifact.tokens)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -37,6 +36,8 @@ def sha256_file(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
+    import hashlib  # loads OpenSSL, 3.6 MB that a model which is here does without
+
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_CHUNK):

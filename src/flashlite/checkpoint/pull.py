@@ -11,7 +11,6 @@ a later pull looks at sizes and times only and needs no network.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import re
 import shutil
@@ -216,6 +215,8 @@ def _digest(files: dict[str, str]) -> str:
     """One sha256 for a model: that of its only file, else that of its `sha256sum` listing."""
     if len(files) == 1:
         return next(iter(files.values()))
+    import hashlib
+
     listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
     return hashlib.sha256(listing.encode()).hexdigest()
 

@@ -14,14 +14,17 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tokenizers
 
-from flashlite.errors import ForgeryError, TemplateError, TokenizerError
+from flashlite.errors import ForgeryError, MemoryCeiling, TemplateError, TokenizerError
 
 if TYPE_CHECKING:
     from flashlite.checkpoint.chat import ChatTemplate
@@ -37,6 +40,8 @@ __all__ = [
 ]
 
 MAX_VOCABULARY = 1 << 22
+_KNOWN_TOKENS = 1 << 13  # spellings kept: 1 MB, where all of a vocabulary would take 40
+_KNOWN_TOKENS = 1 << 13  # spellings kept: 1 MB, where all of a vocabulary would take 40
 _T = TypeVar("_T")
 
 
@@ -102,7 +107,7 @@ class SpecialTokens:
 class TokenizerFiles:
     """A tokenizer as an artifact keeps it."""
 
-    tokenizer_json: str  # in the format of the `tokenizers` library
+    tokenizer_json: str | bytes  # in the format of the `tokenizers` library; UTF-8
     chat_template: str | None  # Jinja source; None for a base model
     tokens: SpecialTokens
 
@@ -126,14 +131,21 @@ def _library_error(error: BaseException, what: str) -> TokenizerError:
     return TokenizerError(f"{what}: {error}")
 
 
-def load_library(tokenizer_json: str) -> tokenizers.Tokenizer:
+def load_library(tokenizer_json: str | bytes) -> tokenizers.Tokenizer:
     """Load a `tokenizer.json` so that special tokens are not matched in text.
 
     Raises:
         TokenizerError: the library cannot load it.
     """
-    load = tokenizers.Tokenizer.from_str
-    library = guarded(lambda: load(tokenizer_json), "tokenizer.json cannot be loaded")
+    # Bytes are parsed where they lie; a `str` of them takes up to four times as much, twice.
+    kind = tokenizers.Tokenizer
+
+    def load() -> tokenizers.Tokenizer:
+        if isinstance(tokenizer_json, bytes):
+            return kind.from_buffer(tokenizer_json)
+        return kind.from_str(tokenizer_json)
+
+    library = guarded(load, "tokenizer.json cannot be loaded")
     library.encode_special_tokens = True
     return library
 
@@ -171,6 +183,9 @@ class Tokenizer:
         self._control = frozenset(files.tokens.control)
         self._spell = _speller(self._library)
         self._bytes: dict[int, bytes] = {}
+        self._most_text: int | None = None
+        self._cached_text = 0  # bytes tokenized since the library's cache of words was cleared
+        self._lock = threading.Lock()
         for id_ in (*files.tokens.control, *files.tokens.eos, files.tokens.bos):
             if id_ is not None and not self.spelling(id_):
                 raise TokenizerError(f"special token {id_} is not one of {self.vocab_size} tokens")
@@ -179,6 +194,21 @@ class Tokenizer:
             strip_left={id_ for id_, token in added.items() if token.lstrip},
             strip_right={id_ for id_, token in added.items() if token.rstrip},
         )
+
+    def with_limit(self, most: int) -> Tokenizer:
+        """The same vocabulary for a process that must keep within a memory ceiling.
+
+        It tokenizes at most `most` bytes of UTF-8 at once, and one text at a time: the library
+        takes up to 400 bytes for each until it is done. The chat template is compiled now, so that
+        what the tokenizer will hold it holds already.
+        """
+        limited = copy(self)
+        limited._most_text = most
+        limited._lock = threading.Lock()
+        if self._template_source is not None:
+            with suppress(TemplateError):  # told when a chat is asked for
+                _ = limited._chat_template
+        return limited
 
     # Text to ids
 
@@ -190,7 +220,9 @@ class Tokenizer:
                 it would become a control token.
         """
         try:
-            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+            ids = self._encode(text)
+        except (MemoryCeiling, MemoryError):
+            raise
         except BaseException as error:
             if lone := _SURROGATE.search(text):
                 raise TokenizerError(
@@ -236,6 +268,8 @@ class Tokenizer:
         from flashlite.checkpoint.chat import check_messages, disarm, harmless
 
         checked = check_messages(messages)
+        if self._most_text is not None:
+            self._check_length((message["content"] for message in checked), self._most_text)
         template = self._chat_template
         safe, spans = disarm(checked, self._matcher.find, template.source)
         text, masked = spans.restore(template.render(safe, add_generation_prompt))
@@ -272,6 +306,8 @@ class Tokenizer:
         if known is None:
             if id_ < 0:
                 raise TokenizerError(f"token id is {id_}, allowed 0 to {self.vocab_size - 1}")
+            if len(self._bytes) >= _KNOWN_TOKENS:
+                self._bytes.clear()
             known = self._bytes[id_] = self._look_up(id_)
         return known
 
@@ -310,6 +346,38 @@ class Tokenizer:
             bos_token="" if bos is None else self.spelling(bos),
             eos_token=self.spelling(eos[0]) if eos else "",
         )
+
+    def _encode(self, text: str) -> list[int]:
+        if self._most_text is None:
+            return self._library_ids(text)
+        with self._lock:
+            self._cached_text += self._check_length([text], self._most_text)
+            ids = self._library_ids(text)
+            if self._cached_text > self._most_text:
+                self._cached_text = 0
+                if hasattr(self._library.model, "_clear_cache"):
+                    self._library.model._clear_cache()
+            return ids
+
+    def _library_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _check_length(self, texts: Iterable[str], most: int) -> int:
+        """Bytes of the texts together.
+
+        Raises:
+            MemoryCeiling: they are more than `most`.
+        """
+        size = 0
+        for text in texts:
+            size += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+            if size > most:
+                raise MemoryCeiling(
+                    f"the text has {size} bytes or more, and max_mem leaves room to tokenize "
+                    f"{most} at once; shorten it, or raise max_mem or max_sequence_length"
+                )
+        return size
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         bos = self.tokens.bos

@@ -178,7 +178,7 @@ def generate(model: Model, ids: Sequence[int], params: SamplingParams, *, echo: 
 
 def peak_memory() -> int:
     """Highest resident memory of this process so far, in bytes."""
-    from flashlite.runtime.memory import resident_bytes
+    from flashlite.runtime.process import resident_bytes
 
     return resident_bytes("VmHWM")
 

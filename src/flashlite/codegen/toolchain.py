@@ -15,7 +15,6 @@ import contextlib
 import functools
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -261,8 +260,7 @@ def _is_intact(folder: Path) -> bool:
         if hasattr(os, "getuid") and owner != os.getuid():
             raise IntegrityError(f"{folder} belongs to user {owner}; remove it")
         return bool(recorded) and all(
-            secrets.compare_digest(str(digest), _keyed_digest(folder / name))
-            for name, digest in recorded.items()
+            str(digest) == _keyed_digest(folder / name) for name, digest in recorded.items()
         )
     except (OSError, ValueError, AttributeError, TypeError):
         return False

@@ -13,6 +13,7 @@ from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.runtime.engine import Engine, Sequence, Work
 from flashlite.runtime.library import MAX_BATCH, load_library
 from flashlite.runtime.prepare import compile_artifact
+from flashlite.runtime.process import return_unused
 
 __all__ = ["Model"]
 
@@ -23,6 +24,7 @@ class Model:
     def __init__(self, path: str, threads: int, context: int) -> None:
         artifact = open_artifact(Path(path))
         self._tokenizer = Tokenizer(load_texts(artifact), name=artifact.name)
+        return_unused()
         self._engine = Engine(
             load_library(compile_artifact(artifact)),
             load_weights(artifact),

@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,22 +21,40 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from flashlite.artifact.format import Artifact
+from flashlite.artifact.format import TOKENIZER, Artifact
 from flashlite.artifact.read import load_texts, load_weights
-from flashlite.checkpoint.tokenizer import Tokenizer, TokenizerFiles
+from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.codegen.target import Target
-from flashlite.errors import EngineError, UsageError
+from flashlite.errors import EngineError, MemoryCeiling, UsageError
 from flashlite.runtime.engine import Engine, default_threads
-from flashlite.runtime.library import PAGE_TOKENS, Library, load_library
-from flashlite.runtime.memory import Ledger, parse_size, plan_tokens, resident_bytes
+from flashlite.runtime.library import MAX_BATCH, PAGE_TOKENS, Library, load_library
+from flashlite.runtime.memory import (
+    TOKENIZER_GROWTH,
+    Ledger,
+    MemoryPlan,
+    format_size,
+    parse_size,
+    plan_memory,
+    text_limit,
+)
 from flashlite.runtime.prefixstore import open_store
 from flashlite.runtime.prefixtree import prefix_of
 from flashlite.runtime.prepare import DEFAULT_MODEL, Progress, compile_artifact, find_artifact
+from flashlite.runtime.process import free_memory, limit_data, resident_bytes, return_unused
 from flashlite.runtime.sampling import SamplingParams
 from flashlite.runtime.scheduler import FinishReason, Generation, Piece, Scheduler
 from flashlite.runtime.speculate import MAX_DRAFT
 
-__all__ = ["Answer", "Message", "Model", "load", "make_ledger", "open_model", "summarize"]
+__all__ = [
+    "Answer",
+    "Message",
+    "Model",
+    "load",
+    "make_ledger",
+    "open_model",
+    "plan_model",
+    "summarize",
+]
 
 Message = Mapping[str, str]
 
@@ -64,10 +83,20 @@ class Answer:
 class Model:
     """A compiled model, its tokenizer and its scheduler. Close it, or use it in a `with`."""
 
-    def __init__(self, artifact: Artifact, tokenizer: Tokenizer, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        plan: MemoryPlan,
+        limits: ExitStack,
+    ) -> None:
+        """`limits` is closed with the model."""
         self.artifact = artifact
         self.tokenizer = tokenizer
         self.scheduler = scheduler
+        self.plan = plan
+        self._limits = limits
         self._lock = threading.Lock()
 
     @property
@@ -79,6 +108,18 @@ class Model:
     def max_sequence_length(self) -> int:
         """Positions one conversation may hold, prompt and answer together."""
         return self.scheduler.max_tokens
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Bytes: what the plan allows by name, and what the process holds now and held at most."""
+        pool = self.scheduler.engine.pool
+        return {
+            **self.plan.to_json(),
+            "resident": resident_bytes(),
+            "peak": resident_bytes("VmHWM"),
+            "kv_pages": pool.n_pages,
+            "kv_pages_free": pool.free,
+        }
 
     @overload
     def chat(
@@ -178,6 +219,7 @@ class Model:
                 frequent = engine.pool.tree.frequent(_LEAST_KEPT, _ONCE_KEPT)
                 store.save_latest(frequent, engine.read_page)
             engine.close()
+        self._limits.close()
 
     def _answer(
         self, prompt: Sequence[int], stream: bool, settings: Mapping[str, Any]
@@ -246,6 +288,7 @@ def load(
     max_sequences: int = 1,
     prefix_cache: bool = True,
     speculate: bool = True,
+    reserved: Mapping[str, int] | None = None,
     accept_license: bool = False,
     offline: bool = False,
     isa: str | None = None,
@@ -255,7 +298,10 @@ def load(
 
     Args:
         model: a known name, `hf:ORG/NAME`, a checkpoint's path, or an artifact's directory.
-        max_mem: `2GB`, `1.5GiB` or bytes; the context shrinks to fit, or loading is refused.
+        max_mem: `2GB`, `1.5GiB` or bytes that this process keeps within: the context shrinks to
+            fit, or loading is refused. On Linux its soft RLIMIT_DATA is lowered until `close`, so
+            that what would go beyond is a MemoryError. None: the KV cache takes at most a quarter
+            of the free memory.
         max_sequence_length: positions of one conversation; None: the model's own context.
         enable_integrity_check: compare every file with the manifest before use.
         threads: None: one per core this process may use.
@@ -263,6 +309,8 @@ def load(
         max_sequences: conversations that run at once.
         prefix_cache: reuse what prompts that begin equally stored, also after a restart.
         speculate: check guessed tokens, where that is faster; the answer stays the same.
+        reserved: bytes that other parts of the process will take, by name: `max_mem` leaves room
+            for them.
         accept_license: for models whose licence asks for it.
         offline: use only what is on this machine.
         isa: `avx512`, `avx2` or `plain`; None: the best this CPU runs.
@@ -273,14 +321,16 @@ def load(
     """
     from flashlite.codegen.target import host_target
 
-    artifact = find_artifact(
-        str(model),
-        preset=preset,
-        check=enable_integrity_check,
-        accept_license=accept_license,
-        offline=offline,
-        progress=progress,
-    )
+    ceiling = None if max_mem is None else parse_size(max_mem)
+    with _within(ceiling, "found or made"):
+        artifact = find_artifact(
+            str(model),
+            preset=preset,
+            check=enable_integrity_check,
+            accept_license=accept_license,
+            offline=offline,
+            progress=progress,
+        )
     return open_model(
         artifact,
         host_target(isa),
@@ -291,6 +341,7 @@ def load(
         max_sequences=max_sequences,
         prefix_cache=prefix_cache,
         speculate=speculate,
+        reserved=reserved,
     )
 
 
@@ -305,6 +356,7 @@ def open_model(
     max_sequences: int = 1,
     prefix_cache: bool = True,
     speculate: bool = True,
+    reserved: Mapping[str, int] | None = None,
 ) -> Model:
     """Compile and open an artifact; arguments as `load`.
 
@@ -314,57 +366,150 @@ def open_model(
     ceiling = None if max_mem is None else parse_size(max_mem)
     threads = default_threads() if threads is None else threads
     draft = MAX_DRAFT if speculate else 0
-    with ThreadPoolExecutor(1) as beside:
-        # Weights are read while the vocabulary is parsed; under a ceiling not before they fit.
-        reading = None
-        if ceiling is None:
-            reading = beside.submit(load_weights, artifact, verify=enable_integrity_check)
-        tokenizer = _tokenizer(load_texts(artifact), artifact.name)
-        library = load_library(compile_artifact(artifact, target))
-        tokens = plan_tokens(
-            make_ledger(artifact, library, threads, max_sequences, draft),
-            context=artifact.spec.max_context,
-            wanted=max_sequence_length,
-            ceiling=ceiling,
+    with ExitStack() as limits:
+        limits.enter_context(_within(ceiling, "opened", threads))
+        with ThreadPoolExecutor(1) as beside:
+            # Weights are read beside the rest; under a ceiling not before they fit.
+            read = functools.partial(load_weights, artifact, verify=enable_integrity_check)
+            reading = beside.submit(read) if ceiling is None else None
+            library, tokenizer, plan = plan_model(
+                artifact,
+                target,
+                ceiling=ceiling,
+                wanted=max_sequence_length,
+                threads=threads,
+                max_sequences=max_sequences,
+                draft=draft,
+                reserved=reserved,
+                reading=reading,
+            )
+            weights = reading.result() if reading else read()
+        engine = Engine(
+            library,
+            weights,
+            max_tokens=plan.arena,
+            threads=threads,
+            max_sequences=max_sequences,
+            max_draft=draft,
         )
-        weights = (
-            reading.result() if reading else load_weights(artifact, verify=enable_integrity_check)
+        scheduler = Scheduler(
+            engine,
+            tokenizer,
+            max_tokens=plan.context,
+            prefix_cache=prefix_cache,
+            store=open_store(artifact, target.isa, engine.page_bytes) if prefix_cache else None,
+            speculate=speculate,
         )
-    engine = Engine(
-        library,
-        weights,
-        max_tokens=tokens * max_sequences,
-        threads=threads,
-        max_sequences=max_sequences,
-        max_draft=draft,
-    )
-    scheduler = Scheduler(
-        engine,
-        tokenizer,
-        max_tokens=tokens,
-        prefix_cache=prefix_cache,
-        store=open_store(artifact, target.isa, engine.page_bytes) if prefix_cache else None,
-        speculate=speculate,
-    )
-    return Model(artifact, tokenizer, scheduler)
+        return Model(artifact, tokenizer, scheduler, plan, limits.pop_all())
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(files: TokenizerFiles, name: str) -> Tokenizer:
+@contextmanager
+def _within(ceiling: int | None, what: str, threads: int = 1) -> Iterator[None]:
+    """`limit_data`, and an error of ours where it strikes before `ceiling` has refused."""
+    with limit_data(ceiling, threads):
+        try:
+            yield
+        except MemoryError:
+            limit = "what is free" if ceiling is None else f"max_mem, {format_size(ceiling)}"
+            raise MemoryCeiling(
+                f"the model cannot be {what} within {limit}; raise it, or quantize and compile "
+                "the model beforehand"
+            ) from None
+
+
+def plan_model(
+    artifact: Artifact,
+    target: Target,
+    *,
+    ceiling: int | None,
+    wanted: int | None = None,
+    threads: int | None = None,
+    max_sequences: int = 1,
+    draft: int = 0,
+    reserved: Mapping[str, int] | None = None,
+    reading: Future[Any] | None = None,
+) -> tuple[Library, Tokenizer, MemoryPlan]:
+    """Load all of a model but its weights, so that what it takes is known before they are read.
+
+    Args:
+        ceiling: bytes; None: none.
+        wanted: `max_sequence_length`.
+        threads, max_sequences, reserved: as `load`.
+        draft: rows of logits beyond one per sequence, for guessed tokens.
+        reading: of the weights, beside; it is waited for before memory is measured.
+
+    Raises:
+        MemoryCeiling: it does not fit; every term is named.
+        FlashliteError: as `load`.
+    """
+    threads = default_threads() if threads is None else threads
+    if not 1 <= max_sequences <= MAX_BATCH:
+        raise UsageError(f"max_sequences is {max_sequences}, allowed 1 to {MAX_BATCH}")
+    spec, free = artifact.spec, free_memory()
+    library = load_library(compile_artifact(artifact, target))
+
+    def plan(building: int) -> MemoryPlan:
+        ledger = make_ledger(artifact, library, threads, max_sequences, building, reserved, draft)
+        return plan_memory(
+            ledger, context=spec.max_context, wanted=wanted, ceiling=ceiling, free=free
+        )
+
+    building = artifact.manifest.files[TOKENIZER].size * TOKENIZER_GROWTH
+    if ceiling is not None and resident_bytes() + building > ceiling:
+        plan(building)  # raises: to build the vocabulary would go beyond the ceiling already
+    tokenizer = _tokenizer(artifact)
+    if ceiling is not None:
+        tokenizer = tokenizer.with_limit(text_limit(wanted or spec.max_context))
+    held = 0
+    if reading is not None:
+        reading.result()
+        held = artifact.weights_size
+    return_unused()
+    chosen = plan(-held)
+    if ceiling is not None:
+        tokenizer = tokenizer.with_limit(text_limit(chosen.context))
+    return library, tokenizer, chosen
+
+
+_parsed: dict[tuple[str, str], Tokenizer] = {}
+
+
+def _tokenizer(artifact: Artifact) -> Tokenizer:
     """The last one parsed is kept: a model that is opened again is open twice as fast."""
-    return Tokenizer(files, name=name)
+    key = (artifact.digest, artifact.name)
+    if key not in _parsed:
+        _parsed.clear()
+        _parsed[key] = Tokenizer(load_texts(artifact), name=artifact.name)
+    return _parsed[key]
 
 
 def make_ledger(
-    artifact: Artifact, library: Library, threads: int, max_sequences: int, max_draft: int = 0
+    artifact: Artifact,
+    library: Library,
+    threads: int,
+    max_sequences: int,
+    building: int = 0,
+    reserved: Mapping[str, int] | None = None,
+    draft: int = 0,
 ) -> Ledger:
-    """What the model will hold, before any of it is allocated."""
+    """What the model will hold, before its weights and buffers are allocated.
+
+    Args:
+        building: bytes of `runtime` that the process does not hold yet; below 0: bytes that it
+            holds and another term counts.
+        reserved: what other parts of it will take, by name.
+        draft: rows of logits beyond one per sequence.
+    """
     info = library.describe(threads)
+    vocab = int(info.vocab_size)
     return Ledger(
         weights=artifact.weights_size,
         scratch=int(info.scratch_bytes),
-        logits=(max_sequences + max_draft) * int(info.vocab_size) * 4,
-        runtime=resident_bytes(),
-        kv_page=int(info.page_bytes) * max_sequences,
+        logits=(max_sequences + draft) * vocab * 4,
+        sampling=vocab * 8,
+        runtime=resident_bytes() + building,
+        page_bytes=int(info.page_bytes),
         page_tokens=int(info.page_tokens),
+        sequences=max_sequences,
+        reserved=dict(reserved or {}),
     )

@@ -5,7 +5,6 @@ name, path or artifact  ->  Pulled  ->  Artifact  ->  library
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +130,8 @@ def _artifact_name(pulled: Pulled) -> str:
 
 def _sha256(path: Path) -> str:
     """Of a file; empty for a folder."""
+    import hashlib
+
     if not path.is_file():
         return ""
     with path.open("rb") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from flashlite.runtime.sampling import SamplingParams
 __all__ = ["Drawn", "Sampler"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """One drawn token and what else was likely."""
 
@@ -28,16 +28,20 @@ class Sampler:
     """Draws for one request; equal (logits, params, prompt) give equal draws."""
 
     def __init__(
-        self, library: Library, params: SamplingParams, prompt: NDArray[np.int32], room: int
+        self,
+        library: Library,
+        params: SamplingParams,
+        prompt: NDArray[np.int32],
+        room: int,
+        scratch: NDArray[np.uint64],
     ) -> None:
-        """Prepare for at most `room` draws after `prompt`."""
+        """Prepare for at most `room` draws after `prompt`; `scratch`, of the vocabulary's length,
+        is written by every draw and may serve many samplers in turn.
+        """
         self._library = library
-        self._history = np.empty(len(prompt) + room, np.int32)
-        self._history[: len(prompt)] = prompt
-        self._n_history = len(prompt)
         self._bias_ids = np.array(list(params.logit_bias), np.int32)
         self._bias = np.array(list(params.logit_bias.values()), np.float32)
-        self._scratch = np.empty(int(library.info.vocab_size), np.uint64)
+        self._scratch = scratch
         n_top = params.logprobs or 0
         self._top_ids = np.empty(max(n_top, 1), np.int32)
         self._top_logprobs = np.empty(max(n_top, 1), np.float32)
@@ -46,8 +50,13 @@ class Sampler:
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
         )
-        self._uses_history = penalizes
-        seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
+        # Kept only where it is read: requests that wait hold little.
+        self._history = np.empty(len(prompt) + room if penalizes else 0, np.int32)
+        self._n_history = len(prompt) if penalizes else 0
+        self._history[: self._n_history] = prompt[: self._n_history]
+        seed = (
+            int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed % 2**64
+        )
         self._sampling = CSampling(
             temperature=params.temperature,
             top_p=params.top_p,
@@ -77,14 +86,15 @@ class Sampler:
         Raises:
             EngineError: a logit is not a number.
         """
-        self._sampling.n_history = self._n_history if self._uses_history else 0
+        self._sampling.n_history = self._n_history
         self._library.sample(
             logits.ctypes.data, len(logits), self._sampling, self._scratch.ctypes.data, self._draw
         )
         self._sampling.draw += 1
         token = int(self._draw.token)
-        self._history[self._n_history] = token
-        self._n_history += 1
+        if len(self._history):
+            self._history[self._n_history] = token
+            self._n_history += 1
         n_top = int(self._draw.n_top)
         top = zip(self._top_ids[:n_top].tolist(), self._top_logprobs[:n_top].tolist(), strict=True)
         logprob = float(self._draw.logprob)

@@ -35,7 +35,7 @@ CHUNK_BESIDE_DECODE = 64
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """What one token added: text that is final (it may be empty, or hold several tokens')."""
 
@@ -104,6 +104,7 @@ class Scheduler:
         self._ends = frozenset(tokenizer.tokens.eos)
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
+        self._scratch = np.empty(engine.vocab_size, np.uint64)  # one draw at a time uses it
 
     @property
     def idle(self) -> bool:
@@ -135,7 +136,7 @@ class Scheduler:
             prompt=ids,
             params=params,
             room=room,
-            sampler=Sampler(self.engine.library, params, ids, room),
+            sampler=Sampler(self.engine.library, params, ids, room, self._scratch),
             decoder=self.tokenizer.stream(),
             stops=StopStrings(params.stop),
             submitted=time.perf_counter(),
