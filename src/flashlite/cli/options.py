@@ -145,9 +145,14 @@ def sampling_params(flags: Mapping[str, Any]) -> SamplingParams:
 
 
 def load_model(
-    model: str, flags: Mapping[str, Any], progress: Progress | None, *, max_sequences: int = 1
+    model: str,
+    flags: Mapping[str, Any],
+    progress: Progress | None,
+    *,
+    max_sequences: int = 1,
+    reserved: Mapping[str, int] | None = None,
 ) -> Model:
-    """`flashlite.load` with the flags of `running`.
+    """`flashlite.load` with the flags of `running`; a shortened context is told on stderr.
 
     Raises:
         FlashliteError: as `flashlite.load`.
@@ -155,7 +160,12 @@ def load_model(
     from flashlite.runtime.model import load
 
     settings = {name: flags[name] for name in _RUNNING}
-    return load(model, progress=progress, max_sequences=max_sequences, **settings)
+    loaded = load(
+        model, progress=progress, max_sequences=max_sequences, reserved=reserved, **settings
+    )
+    if loaded.plan.note:
+        output.note(loaded.plan.note)
+    return loaded
 
 
 def generate(model: Model, ids: Sequence[int], params: SamplingParams, *, echo: bool) -> Answer:

@@ -8,7 +8,7 @@ import click
 
 from flashlite.cli import options, output
 from flashlite.errors import UsageError
-from flashlite.runtime.memory import format_size
+from flashlite.runtime.memory import format_size, parse_size
 
 __all__ = ["command"]
 
@@ -26,6 +26,7 @@ __all__ = ["command"]
 @click.option("--force", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--offline", is_flag=True, help="Use only what is on this machine.")
 @click.option("--accept-license", is_flag=True, help="For models whose licence asks for it.")
+@click.option("--max-mem", metavar="SIZE", help="Fail beyond 2GB, 1.5GiB, 500MB ...")
 @output.json_option
 def command(
     model: str,
@@ -34,6 +35,7 @@ def command(
     force: bool,
     offline: bool,
     accept_license: bool,
+    max_mem: str | None,
     as_json: bool,
 ) -> None:
     """Quantize MODEL into an artifact, a directory NAME.fl.
@@ -47,8 +49,10 @@ def command(
     """
     from flashlite.checkpoint.pull import pull
     from flashlite.runtime import prepare
+    from flashlite.runtime.process import limit_data
 
-    with options.stages() as progress:
+    ceiling = None if max_mem is None else parse_size(max_mem)
+    with options.stages() as progress, limit_data(ceiling):
         pulled = pull(model, accept_license=accept_license, offline=offline)
         target = directory or Path(f"{pulled.name}-{preset}.fl")
         if target.exists() and not force:
@@ -61,6 +65,7 @@ def command(
         "preset": artifact.plan.preset,
         "digest": artifact.digest,
         "weights_bytes": artifact.weights_size,
+        "peak_memory_bytes": options.peak_memory(),
     }
     if as_json:
         output.emit(figures)

@@ -35,10 +35,12 @@ def command(model: str, port: int, max_sequences: int, **flags: Any) -> None:
         -d '{"messages": [{"role": "user", "content": "Hi"}]}'
     """
     try:
-        from flashlite.server.app import serve
+        from flashlite.server.app import MEMORY, serve
     except ModuleNotFoundError:
         raise MissingExtra("flashlite serve", "serve") from None
     with options.stages() as progress:
-        loaded = options.load_model(model, flags, progress, max_sequences=max_sequences)
+        loaded = options.load_model(
+            model, flags, progress, max_sequences=max_sequences, reserved={"server": MEMORY}
+        )
     output.note(f"{loaded.name} on http://127.0.0.1:{port}/v1 (Ctrl-C to stop)")
     serve(loaded, port=port)

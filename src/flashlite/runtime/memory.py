@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from flashlite.errors import MemoryCeiling, UsageError
 
 __all__ = [
+    "LOGPROB_BYTES",
     "REQUEST_BYTES",
     "TEXT_BYTES",
     "TOKENIZER_GROWTH",
@@ -42,11 +43,13 @@ _SHARE = 4  # without a ceiling, the arena takes one part in this many of the fr
 # What Python holds beside the engine; tests/runtime/test_ceiling.py measures them.
 TOKEN_BYTES = 512  # per position of a running request: ids, history, pieces of text not yet read
 REQUEST_BYTES = 1 << 18  # per running request, whatever its length: bias, decoder, stop strings
+LOGPROB_BYTES = 160  # per likely token that is reported, beside that
 TEXT_BYTES = 400  # to tokenize one byte of UTF-8, at worst, until it is done
 TOKENIZER_GROWTH = 18  # building a vocabulary takes this many times its file, until it is done
 _TEXT_PER_TOKEN = 8  # bytes of text that one position of context stands for, at least
 _SHORTEST_TEXT = 1 << 14  # bytes of text that are always taken
 _PAGE_BYTES = 1 << 10  # per KV page: its place in the tables and in the prefix tree
+_MEASURED = 1 << 20  # what `runtime` differs by from one start to the next
 _MARGIN = 6 << 20  # code read on first use, fragments of the heap
 
 
@@ -110,6 +113,10 @@ class Ledger:
         tables = _PAGE_BYTES + 4 * self.sequences
         return self.pages(arena) * (self.page_bytes + tables)
 
+    def request_bytes(self, context: int) -> int:
+        """What one running request may hold beside the engine."""
+        return context * TOKEN_BYTES + REQUEST_BYTES
+
     def terms(self, context: int, arena: int) -> dict[str, int]:
         """Every term by name."""
         return {
@@ -118,7 +125,7 @@ class Ledger:
             "scratch": self.scratch,
             "logits": self.logits,
             "sampling": self.sampling,
-            "requests": self.sequences * (context * TOKEN_BYTES + REQUEST_BYTES),
+            "requests": self.sequences * self.request_bytes(context),
             "tokenizing": text_limit(context) * TEXT_BYTES,
             **self.reserved,
             "runtime": self.runtime,
@@ -236,7 +243,7 @@ def _too_small(ledger: Ledger, tokens: int, ceiling: int) -> MemoryCeiling:
     terms = ledger.terms(tokens, tokens)
     total = sum(terms.values())
     named = ", ".join(f"{name} {format_size(size)}" for name, size in terms.items())
-    enough = -(-total // 10**6)
+    enough = -(-(total + _MEASURED) // 10**6)
     return MemoryCeiling(
         f"the model needs {format_size(total)} for {tokens} tokens of context ({named}) and "
         f"max_mem is {format_size(ceiling)}; raise max_mem to {enough}MB or lower "

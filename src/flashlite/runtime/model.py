@@ -399,6 +399,7 @@ def open_model(
             prefix_cache=prefix_cache,
             store=open_store(artifact, target.isa, engine.page_bytes) if prefix_cache else None,
             speculate=speculate,
+            request_bytes=None if ceiling is None else plan.ledger.request_bytes(plan.context),
         )
         return Model(artifact, tokenizer, scheduler, plan, limits.pop_all())
 

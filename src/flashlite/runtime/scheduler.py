@@ -23,6 +23,7 @@ from flashlite.checkpoint.tokenizer import StreamDecoder, Tokenizer
 from flashlite.errors import ContextOverflow, MemoryCeiling, UsageError
 from flashlite.runtime.engine import Engine, Sequence, Work
 from flashlite.runtime.library import MAX_BATCH, PAGE_TOKENS
+from flashlite.runtime.memory import LOGPROB_BYTES, TOKEN_BYTES, format_size
 from flashlite.runtime.prefixstore import PrefixStore
 from flashlite.runtime.sampler import Drawn, Sampler
 from flashlite.runtime.sampling import SamplingParams, StopStrings
@@ -85,6 +86,7 @@ class Scheduler:
         prefix_cache: bool = False,
         store: PrefixStore | None = None,
         speculate: bool = False,
+        request_bytes: int | None = None,
     ) -> None:
         """Schedule for one engine.
 
@@ -93,6 +95,7 @@ class Scheduler:
             prefix_cache: requests share the pages of equal beginnings.
             store: with `prefix_cache`, beginnings that are looked for on disk too.
             speculate: draft where it is faster.
+            request_bytes: what one request may hold beside the engine; None: no limit.
         """
         self.engine = engine
         self.tokenizer = tokenizer
@@ -100,6 +103,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.store = store
         self.speculate = speculate
+        self.request_bytes = request_bytes
         self._pace = Pace()
         self._ends = frozenset(tokenizer.tokens.eos)
         self._waiting: deque[Generation] = deque()
@@ -122,6 +126,7 @@ class Scheduler:
         Raises:
             UsageError: the prompt is empty or a setting is outside its range.
             ContextOverflow: FL-405, the prompt leaves no room for a single token.
+            MemoryCeiling: its log-probabilities would take more than a request may hold.
         """
         params.check()
         if not len(prompt):
@@ -131,6 +136,7 @@ class Scheduler:
         room = self.max_tokens - len(prompt)
         if params.max_tokens is not None:
             room = min(room, params.max_tokens)
+        self._check_size(len(prompt), room, params.logprobs or 0)
         ids = np.asarray(prompt, np.int32)
         generation = Generation(
             prompt=ids,
@@ -178,6 +184,15 @@ class Scheduler:
         for generation in self._running:
             if generation.sequence is not None:
                 generation.cached_tokens += generation.sequence.share()
+
+    def _check_size(self, prompt: int, room: int, logprobs: int) -> None:
+        size = (prompt + room) * TOKEN_BYTES + room * logprobs * LOGPROB_BYTES
+        if self.request_bytes is not None and size > self.request_bytes:
+            raise MemoryCeiling(
+                f"{room} tokens with {logprobs} logprobs each would take {format_size(size)}, and "
+                f"max_mem leaves {format_size(self.request_bytes)} to a request; lower max_tokens "
+                "or logprobs, or raise max_mem"
+            )
 
     def _admit(self) -> None:
         """First come, first served; a request starts when its whole length has pages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import uvicorn
 from starlette.applications import Starlette
@@ -19,9 +20,15 @@ from flashlite.runtime.model import Model
 from flashlite.server import openai
 from flashlite.server.worker import Worker
 
-__all__ = ["Guard", "create_app", "health", "serve"]
+__all__ = ["MEMORY", "Guard", "create_app", "health", "serve"]
 
-_MAX_BODY = 1 << 20  # bytes
+_MAX_BODY = 1 << 20  # bytes of one request; of all requests that are being answered as well
+_BODY_GROWTH = 6  # the body, what it decodes to (4 bytes a character at worst), a chat of it
+_CONNECTIONS = 128  # more are answered with 503
+_CONNECTION = 48 << 10  # bytes of one connection: transport, parser, task
+
+MEMORY = _MAX_BODY * _BODY_GROWTH + _CONNECTIONS * _CONNECTION
+"""Bytes that the server takes beside the model: `reserved` of `flashlite.load`."""
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 
 
@@ -56,16 +63,24 @@ async def health(request: Request) -> Response:
             "model": worker.model.name,
             "running": running,
             "waiting": waiting,
-            "memory": worker.model.scheduler.engine.memory,
+            "memory": worker.model.memory,
         }
     )
 
 
+@dataclass
+class _Held:
+    bytes: int = 0
+
+
 class Guard:
-    """Refuses a foreign Host (DNS rebinding) and a body above 1 MiB, whatever its headers say."""
+    """Refuses a foreign Host (DNS rebinding), a body above 1 MiB, whatever its headers say, and
+    more than that of all bodies together: requests that are being answered keep theirs.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
@@ -78,39 +93,47 @@ class Guard:
             refused = openai.error_response(400, f"host {host!r} is not served here", "bad_host")
             await refused(scope, receive, send)
             return
-        body = await _read_body(receive)
-        if body is None:
-            refused = openai.error_response(
-                413, f"the body is larger than {_MAX_BODY} bytes", "invalid_request_error"
-            )
-            await refused(scope, receive, send)
-            return
-        replayed = False
+        held = _Held()
+        try:
+            body = await self._read_body(receive, held)
+            if isinstance(body, Response):
+                await body(scope, receive, send)
+                return
+            replayed = False
 
-        async def replay() -> Message:
-            nonlocal replayed
-            if replayed:
-                return await receive()
-            replayed = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            async def replay() -> Message:
+                nonlocal replayed
+                if replayed:
+                    return await receive()
+                replayed = True
+                return {"type": "http.request", "body": body, "more_body": False}
 
-        await self._app(scope, replay, send)
+            await self._app(scope, replay, send)
+        finally:
+            self._held -= held.bytes
 
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body, or None above the limit."""
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return b"".join(parts)
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > _MAX_BODY:
-            return None
-        if not message.get("more_body"):
-            return b"".join(parts)
+    async def _read_body(self, receive: Receive, held: _Held) -> bytes | Response:
+        """The whole body, counted in `held` as it comes, or the answer that refuses it."""
+        parts: list[bytes] = []
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return b"".join(parts)
+            part = message.get("body", b"")
+            parts.append(part)
+            held.bytes += len(part)
+            self._held += len(part)
+            if held.bytes > _MAX_BODY:
+                return openai.error_response(
+                    413, f"the body is larger than {_MAX_BODY} bytes", "invalid_request_error"
+                )
+            if self._held > _MAX_BODY:
+                full = f"the requests being answered hold {_MAX_BODY} bytes; ask again later"
+                refused = openai.error_response(503, full, "server_error", code="overloaded")
+                refused.headers["Retry-After"] = "1"
+                return refused
+            if not message.get("more_body"):
+                return b"".join(parts)
 
 
 def serve(model: Model, *, port: int) -> None:
@@ -120,7 +143,12 @@ def serve(model: Model, *, port: int) -> None:
         UsageError: the port is taken or outside its range.
     """
     config = uvicorn.Config(
-        create_app(model), host="127.0.0.1", port=port, log_level="warning", timeout_keep_alive=15
+        create_app(model),
+        host="127.0.0.1",
+        port=port,
+        log_level="warning",
+        timeout_keep_alive=15,
+        limit_concurrency=_CONNECTIONS,
     )
     server = uvicorn.Server(config)
     try:

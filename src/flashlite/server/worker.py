@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
-from flashlite.errors import EngineError, FlashliteError
+from flashlite.errors import EngineError, FlashliteError, MemoryCeiling
 from flashlite.runtime.model import Model
 from flashlite.runtime.sampling import SamplingParams
 from flashlite.runtime.scheduler import Generation, Piece
@@ -102,6 +102,8 @@ class Worker:
                 scheduler.step()
             except FlashliteError as error:
                 self._end_all(error)
+            except MemoryError:
+                self._end_all(MemoryCeiling("max_mem is reached; ask again when less is running"))
             self._deliver()
         self._end_all(EngineError("the server is shutting down"))
 
