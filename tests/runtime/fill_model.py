@@ -31,7 +31,7 @@ def fill(model: Model, seed: int) -> int:
     rng = random.Random(seed)
     context, vocab = model.max_sequence_length, model.artifact.spec.vocab_size
     # logit_bias: as many as a request may name.
-    bias = {i: -1.0 for i in rng.sample(range(vocab), min(vocab, 4096))}
+    bias = dict.fromkeys(rng.sample(range(vocab), min(vocab, 4096)), -1.0)
     params = SamplingParams(
         temperature=1.0,
         top_p=0.95,

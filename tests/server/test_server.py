@@ -136,7 +136,9 @@ def test_models_and_health(client: httpx.Client) -> None:
     assert entry["object"] == "model"
     health = wait_until_idle(client)
     assert health["status"] == "ok"
-    assert health["memory"]["weights"] > 0
+    memory = health["memory"]
+    assert memory["terms"]["weights"] > 0
+    assert memory["total"] == sum(memory["terms"].values())
 
 
 # Cancellation

@@ -41,7 +41,6 @@ __all__ = [
 
 MAX_VOCABULARY = 1 << 22
 _KNOWN_TOKENS = 1 << 13  # spellings kept: 1 MB, where all of a vocabulary would take 40
-_KNOWN_TOKENS = 1 << 13  # spellings kept: 1 MB, where all of a vocabulary would take 40
 _T = TypeVar("_T")
 
 

@@ -15,6 +15,7 @@ from flashlite.errors import MemoryCeiling, UsageError
 __all__ = [
     "LOGPROB_BYTES",
     "REQUEST_BYTES",
+    "TEMPLATE_BYTES",
     "TEXT_BYTES",
     "TOKENIZER_GROWTH",
     "TOKEN_BYTES",
@@ -46,6 +47,7 @@ REQUEST_BYTES = 1 << 18  # per running request, whatever its length: bias, decod
 LOGPROB_BYTES = 160  # per likely token that is reported, beside that
 TEXT_BYTES = 400  # to tokenize one byte of UTF-8, at worst, until it is done
 TOKENIZER_GROWTH = 18  # building a vocabulary takes this many times its file, until it is done
+TEMPLATE_BYTES = 5 << 20  # the library of chat templates, and one compiled
 _TEXT_PER_TOKEN = 8  # bytes of text that one position of context stands for, at least
 _SHORTEST_TEXT = 1 << 14  # bytes of text that are always taken
 _PAGE_BYTES = 1 << 10  # per KV page: its place in the tables and in the prefix tree

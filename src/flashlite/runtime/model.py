@@ -29,6 +29,7 @@ from flashlite.errors import EngineError, MemoryCeiling, UsageError
 from flashlite.runtime.engine import Engine, default_threads
 from flashlite.runtime.library import MAX_BATCH, PAGE_TOKENS, Library, load_library
 from flashlite.runtime.memory import (
+    TEMPLATE_BYTES,
     TOKENIZER_GROWTH,
     Ledger,
     MemoryPlan,
@@ -322,7 +323,7 @@ def load(
     from flashlite.codegen.target import host_target
 
     ceiling = None if max_mem is None else parse_size(max_mem)
-    with _within(ceiling, "found or made"):
+    with _within(ceiling, "found or made", default_threads()):
         artifact = find_artifact(
             str(model),
             preset=preset,
@@ -405,12 +406,14 @@ def open_model(
 
 
 @contextmanager
-def _within(ceiling: int | None, what: str, threads: int = 1) -> Iterator[None]:
+def _within(ceiling: int | None, what: str, threads: int) -> Iterator[None]:
     """`limit_data`, and an error of ours where it strikes before `ceiling` has refused."""
     with limit_data(ceiling, threads):
         try:
             yield
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "new thread" not in str(error):
+                raise
             limit = "what is free" if ceiling is None else f"max_mem, {format_size(ceiling)}"
             raise MemoryCeiling(
                 f"the model cannot be {what} within {limit}; raise it, or quantize and compile "
@@ -455,7 +458,7 @@ def plan_model(
             ledger, context=spec.max_context, wanted=wanted, ceiling=ceiling, free=free
         )
 
-    building = artifact.manifest.files[TOKENIZER].size * TOKENIZER_GROWTH
+    building = artifact.manifest.files[TOKENIZER].size * TOKENIZER_GROWTH + TEMPLATE_BYTES
     if ceiling is not None and resident_bytes() + building > ceiling:
         plan(building)  # raises: to build the vocabulary would go beyond the ceiling already
     tokenizer = _tokenizer(artifact)
