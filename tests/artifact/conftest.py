@@ -33,7 +33,7 @@ def tiny_source(tiny_gguf: Path) -> SourceModel:
 @pytest.fixture(scope="session")
 def tiny_texts() -> TokenizerFiles:
     tokens = SpecialTokens(bos=1, eos=(2,), add_bos=False, control=(0, 1, 2))
-    return TokenizerFiles('{"version": "1.0", "text": "ñ"}', "{{ messages }}\n", tokens)
+    return TokenizerFiles('{"version": "1.0", "text": "ñ"}'.encode(), "{{ messages }}\n", tokens)
 
 
 @pytest.fixture(scope="session")

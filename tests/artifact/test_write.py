@@ -32,7 +32,7 @@ from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
 from flashlite.errors import FlashliteError
 from flashlite.model.families import describe
-texts = TokenizerFiles("{}", None, SpecialTokens(None, (2,), False, (0,)))
+texts = TokenizerFiles(b"{}", None, SpecialTokens(None, (2,), False, (0,)))
 source = describe(open_checkpoint(Path(sys.argv[1])))
 try:
     quantize(source, texts, Path(sys.argv[2]), sys.argv[3], name="w", progress=act,
@@ -140,7 +140,7 @@ def test_a_bad_name_or_token_touches_nothing(
     target = tmp_path / "new/x.fl"
     with pytest.raises(ArtifactError, match="is not allowed"):
         quantize(tiny_source, tiny_texts, target, name="A B", provenance=PROVENANCE)
-    texts = TokenizerFiles("{}", None, SpecialTokens(None, (99999,), False, ()))
+    texts = TokenizerFiles(b"{}", None, SpecialTokens(None, (99999,), False, ()))
     with pytest.raises(ArtifactError, match="99999"):
         make(tiny_source, texts, target)
     assert not target.parent.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Sequence
@@ -253,10 +254,13 @@ def test_payload_is_refused_in_time(name: str, monkeypatch: pytest.MonkeyPatch) 
     started: list[object] = []
     monkeypatch.setattr("os.system", lambda *args: started.append(args))
     monkeypatch.setattr("os.popen", lambda *args: started.append(args))
+    gc.collect()
+    gc.freeze()  # a collection would walk what the whole suite has made, and be counted here
     before = time.thread_time()
     with pytest.raises(TemplateError) as caught:
         render((PAYLOADS | UNCOMPILABLE)[name])
     seconds = time.thread_time() - before
+    gc.unfreeze()
     assert started == []
     assert "\n" not in str(caught.value)
     assert str(caught.value).isprintable()

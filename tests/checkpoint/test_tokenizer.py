@@ -592,4 +592,4 @@ def test_folder_without_tokenizer(tmp_path: Path) -> None:
 def test_library_errors_are_ours() -> None:
     tokens = SpecialTokens(None, (), False, ())
     with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be loaded"):
-        Tokenizer(TokenizerFiles("{}", None, tokens))
+        Tokenizer(TokenizerFiles(b"{}", None, tokens))

@@ -18,7 +18,7 @@ from flashlite.runtime.library import MAX_BATCH, load_library
 from flashlite.runtime.prepare import compile_artifact
 
 FAMILIES = sorted(p.name for p in (Path(__file__).parent.parent / "fixtures/families").iterdir())
-NO_TEXT = TokenizerFiles("{}", None, SpecialTokens(None, (), False, ()))
+NO_TEXT = TokenizerFiles(b"{}", None, SpecialTokens(None, (), False, ()))
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def write_artifact(
     )
     texts = {
         CONFIG: _json(artifact.config()),
-        TOKENIZER: _utf8(tokenizer.tokenizer_json),
+        TOKENIZER: tokenizer.tokenizer_json,
         CARD: _json(_card(artifact)),
     }
     if tokenizer.chat_template is not None:
@@ -233,10 +233,6 @@ def _card(artifact: Artifact) -> dict[str, Any]:
         "formats": formats,
         "measured": {},
     }
-
-
-def _utf8(text: str | bytes) -> bytes:
-    return text.encode() if isinstance(text, str) else text
 
 
 def _json(value: object) -> bytes:

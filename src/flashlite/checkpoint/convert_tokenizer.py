@@ -28,6 +28,7 @@ from flashlite.checkpoint.tokenizer import (
     SpecialTokens,
     Tokenizer,
     TokenizerFiles,
+    compact_json,
 )
 from flashlite.errors import TemplateError, TokenizerError
 
@@ -131,7 +132,7 @@ def _read_reply(checkpoint: Checkpoint, status: int, output: bytes) -> Tokenizer
             kind = TemplateError if reply["kind"] == "TemplateError" else TokenizerError
             raise kind(f"{checkpoint.path}: {reply['error']}")
         return TokenizerFiles(
-            tokenizer_json=reply["tokenizer_json"],
+            tokenizer_json=reply["tokenizer_json"].encode(),
             chat_template=reply["chat_template"],
             tokens=SpecialTokens.from_json(reply["tokens"]),
         )
@@ -166,7 +167,7 @@ def _check_template(files: TokenizerFiles) -> TokenizerFiles:
             control.add(id_)
     return replace(
         files,
-        tokenizer_json=json.dumps(document, ensure_ascii=False, separators=(",", ":")),
+        tokenizer_json=compact_json(document),
         tokens=replace(files.tokens, control=tuple(sorted(control))),
     )
 

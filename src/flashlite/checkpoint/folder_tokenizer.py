@@ -9,7 +9,13 @@ from typing import Any
 
 from flashlite.checkpoint.base import Checkpoint
 from flashlite.checkpoint.gguf_tokenizer import CONTROL_SPELLINGS, END_SPELLINGS
-from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles, guarded, load_library
+from flashlite.checkpoint.tokenizer import (
+    SpecialTokens,
+    TokenizerFiles,
+    compact_json,
+    guarded,
+    load_library,
+)
 from flashlite.errors import TokenizerError
 
 __all__ = ["folder_tokenizer"]
@@ -29,7 +35,7 @@ def folder_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
     if document is None:
         raise TokenizerError(f"{folder} has no tokenizer.json; save the tokenizer beside the model")
     document = {**document, "truncation": None, "padding": None}  # nothing is cut silently
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    text = compact_json(document)
     library = load_library(text)
     config = _object(folder, "tokenizer_config.json") or {}
     generation = _object(folder, "generation_config.json") or {}

@@ -5,7 +5,6 @@ llama.cpp (src/llama-vocab.cpp) is the reference: same text, same ids.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from flashlite.checkpoint.tokenizer import (
     MAX_VOCABULARY,
     SpecialTokens,
     TokenizerFiles,
+    compact_json,
 )
 from flashlite.errors import TokenizerError
 
@@ -76,7 +76,7 @@ def gguf_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
     ends = [metadata.token_id(name, len(tokens)) for name in ("eos", "eot", "eom")]
     ends += [id_ for id_, token in enumerate(tokens) if token in END_SPELLINGS]
     return TokenizerFiles(
-        tokenizer_json=json.dumps(document, ensure_ascii=False, separators=(",", ":")),
+        tokenizer_json=compact_json(document),
         chat_template=metadata.optional_text("tokenizer.chat_template"),
         tokens=SpecialTokens(
             bos=bos,

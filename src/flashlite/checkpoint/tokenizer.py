@@ -35,6 +35,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "TokenizerFiles",
+    "compact_json",
     "guarded",
     "load_library",
 ]
@@ -106,7 +107,7 @@ class SpecialTokens:
 class TokenizerFiles:
     """A tokenizer as an artifact keeps it."""
 
-    tokenizer_json: str | bytes  # in the format of the `tokenizers` library; UTF-8
+    tokenizer_json: bytes  # in the format of the `tokenizers` library; UTF-8
     chat_template: str | None  # Jinja source; None for a base model
     tokens: SpecialTokens
 
@@ -130,21 +131,26 @@ def _library_error(error: BaseException, what: str) -> TokenizerError:
     return TokenizerError(f"{what}: {error}")
 
 
-def load_library(tokenizer_json: str | bytes) -> tokenizers.Tokenizer:
+def compact_json(document: object) -> bytes:
+    """A `tokenizer.json` as `TokenizerFiles` keeps it.
+
+    Raises:
+        TokenizerError: a text in it holds half of a surrogate pair.
+    """
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    return guarded(text.encode, "tokenizer.json is no UTF-8")
+
+
+def load_library(tokenizer_json: bytes) -> tokenizers.Tokenizer:
     """Load a `tokenizer.json` so that special tokens are not matched in text.
 
     Raises:
         TokenizerError: the library cannot load it.
     """
     # Bytes are parsed where they lie; a `str` of them takes up to four times as much, twice.
-    kind = tokenizers.Tokenizer
-
-    def load() -> tokenizers.Tokenizer:
-        if isinstance(tokenizer_json, bytes):
-            return kind.from_buffer(tokenizer_json)
-        return kind.from_str(tokenizer_json)
-
-    library = guarded(load, "tokenizer.json cannot be loaded")
+    library = guarded(
+        lambda: tokenizers.Tokenizer.from_buffer(tokenizer_json), "tokenizer.json cannot be loaded"
+    )
     library.encode_special_tokens = True
     return library
 

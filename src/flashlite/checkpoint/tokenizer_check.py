@@ -46,7 +46,7 @@ def _reply(job: dict[str, Any]) -> dict[str, Any]:
     except FlashliteError as error:
         kind = "TemplateError" if isinstance(error, TemplateError) else "TokenizerError"
         return {"kind": kind, "error": str(error)}
-    return asdict(files)
+    return {**asdict(files), "tokenizer_json": files.tokenizer_json.decode()}
 
 
 def _tokenizer_bytes(path: Path) -> int:
