@@ -60,8 +60,9 @@ static void compare(const char *what, const float *ours, const float *oracle, si
 }
 
 static fl_act new_act(int32_t n, int32_t cols) {
-    fl_act a = {.n = n, .width = n == 1 ? 1 : FL_TILE, .groups = (cols + 31) / 32};
-    size_t tokens = n == 1 ? 1 : ((size_t)n + 5) / 6 * 6, groups = (size_t)a.groups;
+    fl_act a = {.n = n, .width = fl_act_width(&FUZZ_TABLE, n), .groups = (cols + 31) / 32};
+    size_t width = (size_t)a.width, groups = (size_t)a.groups;
+    size_t tokens = ((size_t)n + width - 1) / width * width;
     size_t step = FUZZ_TABLE.fp32 ? 32 * 4 : 8 * 4;
     a.codes = get(tokens * groups * step);
     a.scale = get(tokens * groups * 4);

@@ -26,6 +26,7 @@ __all__ = [
     "GROUP",
     "PAGE",
     "TABLES",
+    "TALL_TILE",
     "TILE",
     "Activations",
     "Kernels",
@@ -49,7 +50,7 @@ CSRC = Path(__file__).parents[2] / "src" / "flashlite" / "csrc"
 CFLAGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-O3", "-ffp-contract=off", "-fno-math-errno")
 AVX512 = ("f", "bw", "vl", "dq", "vnni")
 EMULATION = Path(__file__).parent / "avx512_emulation"
-GROUP, BLOCK_ROWS, TILE, PAGE = 32, 16, 6, 32
+GROUP, BLOCK_ROWS, TILE, TALL_TILE, PAGE = 32, 16, 6, 16, 32
 FORMATS = {"q8": 0, "q4": 1, "q4m": 2}
 
 F32 = npt.NDArray[np.float32]
@@ -84,6 +85,12 @@ TABLES = {
         "fl_kernels_avx512",
         (*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mf16c"),
         (*(f"avx512{part}" for part in AVX512[:4]), "avx512_vnni", "fma", "f16c"),
+    ),
+    "amx": Table(
+        "fl_kernels_amx.c",
+        "fl_kernels_amx",
+        (*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mf16c", "-mamx-tile", "-mamx-int8"),
+        ("amx_tile", "amx_int8", "avx512_vnni", "fma", "f16c"),
     ),
     "avx512-emulated": Table(  # the same source, its intrinsics made of AVX2
         "fl_kernels_avx512.c",
@@ -152,6 +159,7 @@ class CKernels(ctypes.Structure):
     _fields_ = [
         ("isa", ctypes.c_char_p),
         ("fp32", ctypes.c_int),
+        ("tall_from", ctypes.c_int32),
         ("quantize", ctypes.CFUNCTYPE(None, _ACT, _I, _I, _I, _P, _I)),
         ("gemv", ctypes.CFUNCTYPE(None, _P, _LINEAR, _I, _I, _ACT)),
         ("gemm", ctypes.CFUNCTYPE(None, _P, ctypes.c_size_t, _LINEAR, _I, _I, _ACT, _P)),
@@ -285,13 +293,17 @@ def random_linear(
 class Activations:
     """Quantized activations of n tokens, zero until quantized or filled."""
 
-    def __init__(self, n: int, cols: int, *, fp32: bool = False) -> None:
+    def __init__(self, n: int, cols: int, *, tall: bool = False, fp32: bool = False) -> None:
         self.n, self.cols = n, cols
-        self.width = 1 if n == 1 else TILE
+        self.width = 1 if n == 1 else TALL_TILE if tall else TILE
         self.groups = _up(cols, GROUP) // GROUP
         tiles = _up(n, self.width) // self.width
         steps, dtype = (GROUP, np.float32) if fp32 else (8, np.int32)
-        self.codes = aligned((tiles, self.groups * steps, self.width), dtype)
+        # [tile, step, lane] whatever order they lie in
+        if self.width == TALL_TILE:
+            self.codes = aligned((tiles, self.width, self.groups * steps), dtype).swapaxes(1, 2)
+        else:
+            self.codes = aligned((tiles, self.groups * steps, self.width), dtype)
         self.scale = aligned((tiles, self.groups, self.width), np.float32)
         self.moment = aligned((tiles, self.groups, self.width), np.float32)
         self.offset = aligned((tiles, self.groups, self.width), np.int32)
@@ -390,9 +402,14 @@ class Kernels:
         self.table = CKernels.in_dll(self._library, table.symbol)
         self.isa = self.table.isa.decode()
 
+    def activations(self, n: int, cols: int) -> Activations:
+        """As this table wants them for its products."""
+        tall = 0 < self.table.tall_from <= n
+        return Activations(n, cols, tall=tall, fp32=self.fp32)
+
     def quantize(self, x: F32, *, split: int | None = None) -> Activations:
         """Quantize x [n, cols], in two calls per token when `split` (a group) is given."""
-        act = Activations(x.shape[0], x.shape[1], fp32=self.fp32)
+        act = self.activations(*x.shape)
         self.quantize_into(act, x, split=split)
         return act
 
@@ -482,6 +499,8 @@ def build(name: str, directory: Path) -> Kernels:
     table = TABLES[name]
     library = directory / f"{name}.so"
     compile_c(_sources(table), library, [*table.flags, "-fPIC", "-shared"])
+    if "amx_tile" in table.needs:
+        ctypes.CDLL(None).syscall(158, 0x1023, 18)  # arch_prctl: the process may use tiles
     return Kernels(name, library, table)
 
 

@@ -74,7 +74,7 @@ def test_products_are_exact_with_unit_scales(kernels: h.Kernels, format: str, n:
     rng = np.random.default_rng(n)
     for rows, cols in SHAPES:
         w = h.random_linear(rng, format, rows, cols, unit=True)
-        act = h.Activations(n, cols)
+        act = kernels.activations(n, cols)
         act.fill(rng.integers(-127, 128, (n, cols)), np.ones((n, act.groups)))
         expected = h.product(w, act.true_codes(), act.true(act.scale))
         assert np.array_equal(multiply(kernels, w, act), expected), (rows, cols)
@@ -97,7 +97,7 @@ def test_extremes_do_not_saturate(
     values = np.full((n, cols), 127 if x == "alternating" else x)
     if x == "alternating":
         values[:, ::2] = -127
-    act = h.Activations(n, cols)
+    act = kernels.activations(n, cols)
     act.fill(values, np.ones((n, 4)))
     expected = h.product(w, act.true_codes(), act.true(act.scale))
     assert np.array_equal(multiply(kernels, w, act), expected)

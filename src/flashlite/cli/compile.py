@@ -20,7 +20,7 @@ __all__ = ["command"]
     help="native, aarch64-linux-gnu, aarch64-macos, x86_64-windows-gnu ... (zig, built only)",
 )
 @click.option(
-    "--isa", type=click.Choice(["avx512", "avx2", "plain", "fp32"]), help="[default: best]"
+    "--isa", type=click.Choice(["amx", "avx512", "avx2", "plain", "fp32"]), help="[default: best]"
 )
 @click.option("--emit-c", is_flag=True, help="Print the generated model.c and build nothing.")
 @click.option(

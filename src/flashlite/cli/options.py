@@ -79,7 +79,7 @@ def running(function: F) -> F:
             help="How to quantize a model that has no artifact yet.",
         ),
         click.option(
-            "--isa", type=click.Choice(["avx512", "avx2", "plain"]), help="[default: best]"
+            "--isa", type=click.Choice(["amx", "avx512", "avx2", "plain"]), help="[default: best]"
         ),
         click.option("--offline", is_flag=True, help="Use only what is on this machine."),
         click.option(

@@ -28,7 +28,7 @@ def emit_model(artifact: Artifact, isa: str) -> str:
 
     Args:
         artifact: what to run; its offsets become constants.
-        isa: the kernel table to link: "plain", "fp32", "avx2" or "avx512".
+        isa: the kernel table to link: "plain", "fp32", "avx2", "avx512" or "amx".
 
     Raises:
         UnsupportedTarget: the artifact holds a format that no kernel of `isa` runs.

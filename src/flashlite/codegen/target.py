@@ -13,26 +13,22 @@ from flashlite.errors import UnsupportedTarget, UsageError
 __all__ = ["ISAS", "Target", "check_isa", "host_isa", "host_target", "parse_target"]
 
 # Best first. "fp32" is the test build: plain kernels, activations and KV kept in float.
-ISAS = ("avx512", "avx2", "plain", "fp32")
+ISAS = ("amx", "avx512", "avx2", "plain", "fp32")
 
+_AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+_AVX512_FLAGS = (*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")), *_AVX2_FLAGS)
 _ISA_FLAGS = {
-    "avx512": (
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx512vnni",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-    ),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "amx": ("-mamx-tile", "-mamx-int8", *_AVX512_FLAGS),
+    "avx512": _AVX512_FLAGS,
+    "avx2": _AVX2_FLAGS,
     "plain": (),
     "fp32": (),
 }
 _AVX2 = {"avx2", "fma", "f16c"}
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 _ISA_CPUINFO = {
-    "avx512": _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+    "amx": _AVX512 | {"amx_tile", "amx_int8"},
+    "avx512": _AVX512,
     "avx2": _AVX2,
 }
 _SUFFIX = {"linux": ".so", "macos": ".dylib", "windows": ".dll"}

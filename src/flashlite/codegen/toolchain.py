@@ -36,6 +36,7 @@ __all__ = ["CSRC", "Compiler", "build_library", "find_compiler"]
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 _COMMON = ("fl_engine.c", "fl_ops.c", "fl_os.c", "fl_sample.c")
 # Names outside C11 (pthreads, mmap) come from _GNU_SOURCE in the one file that uses them.
+_INCLUDED = {"amx": ("fl_kernels_avx512.c",)}  # by a table of kernels: not compiled by themselves
 _FLAGS = (
     "-std=c11",
     "-O3",
@@ -143,7 +144,9 @@ def _compile_kernels(
         _run((*command, "-o", name.removesuffix(".c") + ".o"), fresh)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for _ in pool.map(compile_unit, [name for name in sources if name.endswith(".c")]):
+        included = _INCLUDED.get(target.isa, ())
+        units = [name for name in sources if name.endswith(".c") and name not in included]
+        for _ in pool.map(compile_unit, units):
             pass
 
 
@@ -151,7 +154,8 @@ def _hand_written(target: Target) -> dict[str, str]:
     """The C files and headers that every model of this target shares, by name."""
     # The plain kernels are always there: other tables borrow what they do not speed up.
     kernels = dict.fromkeys(("fl_kernels_plain.c", f"fl_kernels_{target.isa}.c"))
-    names = (*_COMMON, *kernels, *sorted(path.name for path in CSRC.glob("*.h")))
+    headers = sorted(path.name for path in CSRC.glob("*.h"))
+    names = (*_COMMON, *kernels, *_INCLUDED.get(target.isa, ()), *headers)
     return {name: (CSRC / name).read_text(encoding="utf-8") for name in names}
 
 

@@ -241,9 +241,9 @@ static void choose_threads(fl_engine *e, uint64_t begin, uint64_t end) {
 fl_status fl_step(fl_engine *e, const fl_batch *batch) {
     if (!batch_is_valid(e, batch)) return FL_BAD_ARGUMENT;
     e->batch = *batch;
-    int32_t n = (int32_t)batch->n_tokens, width = n == 1 ? 1 : FL_TILE;
+    int32_t n = (int32_t)batch->n_tokens;
     e->act.n = e->hidden_act.n = n;
-    e->act.width = e->hidden_act.width = width;
+    e->act.width = e->hidden_act.width = fl_act_width(e->kernels, n);
     uint64_t begin = fl_os_clock();
     e->barrier.n = e->active;
     start_step(e);

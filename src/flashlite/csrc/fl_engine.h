@@ -17,8 +17,9 @@
 #include "fl_kernels.h"
 #include "fl_os.h"
 
-/* Tokens of a step, rounded up to whole tiles. */
-#define FL_BATCH_ROWS ((FL_MAX_BATCH + FL_TILE - 1) / FL_TILE * FL_TILE)
+/* Tokens of a step, rounded up to whole tiles of both kinds. */
+#define FL_BATCH_ROWS ((FL_MAX_BATCH / FL_TILE + 1) * FL_TILE)
+_Static_assert(FL_MAX_BATCH % FL_TALL_TILE == 0, "the last tall tile must be whole");
 #define FL_NONE SIZE_MAX
 
 /* One matrix of the model: its shape and where its three arrays start in the weights. */

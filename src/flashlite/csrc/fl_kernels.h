@@ -31,8 +31,9 @@
 
 #define FL_GROUP 32        /* columns that share a scale, in weights, activations and KV */
 #define FL_BLOCK_ROWS 16   /* rows of one packed block */
-#define FL_TILE 6          /* tokens that are packed side by side when a step has more than one */
-#define FL_MAX_QUERIES 32  /* query rows of one attend call */
+#define FL_TILE 6 /* tokens that are packed side by side when a step has more than one, */
+#define FL_TALL_TILE 16 /* or, where the kernels multiply by tall tiles, below each other */
+#define FL_MAX_QUERIES 32 /* query rows of one attend call */
 #define FL_ALIGN 64
 
 typedef enum { FL_Q8 = 0, FL_Q4 = 1, FL_Q4M = 2 } fl_format;
@@ -40,17 +41,18 @@ typedef enum { FL_Q8 = 0, FL_Q4 = 1, FL_Q4M = 2 } fl_format;
 /* One packed matrix. */
 typedef struct {
     fl_format format;
-    int32_t rows, cols;      /* true sizes; padded ones are blocks * 16 and groups * 32 */
+    int32_t rows, cols; /* true sizes; padded ones are blocks * 16 and groups * 32 */
     int32_t blocks, groups;
     const uint8_t *codes;
     const uint16_t *scales;
-    const uint16_t *mins;    /* NULL unless FL_Q4M */
-    const float *bias;       /* [rows] or NULL; added by the engine, not by the kernels */
+    const uint16_t *mins; /* NULL unless FL_Q4M */
+    const float *bias; /* [rows] or NULL; added by the engine, not by the kernels */
 } fl_linear;
 
-/* Quantized activations of `n` tokens, packed in tiles of `width` tokens (1 when n is 1, else
- * FL_TILE; the last tile is padded with zero tokens).
- *   codes [tile][groups * 8][width] int32, each 4 s8 codes of consecutive columns
+/* Quantized activations of `n` tokens, packed in tiles of `width` tokens, as fl_act_width says. What
+ * lies behind the last token of the last tile is anything.
+ *   codes [tile][groups * 8][width] int32, each 4 s8 codes of consecutive columns; but
+ *         [tile][width][groups * 8] where width is FL_TALL_TILE
  *   scale, moment [tile][groups][width] as above
  *   offset [tile][groups][width]  -128 S: where a product with codes raised by 128 begins
  * In the FP32 test build `codes` holds floats, [tile][groups * 32][width], and the rest is unused. */
@@ -67,10 +69,10 @@ typedef struct {
  *   V codes  [32 tokens][head_dim] s8               V scales [G][32 tokens] half
  * (FP32 test build: K [head_dim][32 tokens] float, V [32 tokens][head_dim] float, no scales.) */
 typedef struct {
-    uint8_t *base;           /* arena + offset of this layer and head inside a page */
-    size_t page_bytes;       /* from one page to the next */
-    const int32_t *pages;    /* page ids of the sequence, by position / 32 */
-    int32_t head_dim;        /* a multiple of 4 */
+    uint8_t *base; /* arena + offset of this layer and head inside a page */
+    size_t page_bytes; /* from one page to the next */
+    const int32_t *pages; /* page ids of the sequence, by position / 32 */
+    int32_t head_dim; /* a multiple of 4 */
 } fl_kv;
 
 /* Bytes of one page for one layer and one KV head; a multiple of 64. */
@@ -84,17 +86,18 @@ static inline size_t fl_kv_bytes(int32_t head_dim, int fp32) {
 typedef struct {
     const char *isa;
     int fp32; /* 1 in the test build that keeps activations and KV in float */
+    int32_t tall_from; /* from how many tokens on gemm wants tall tiles; 0: never */
 
     /* Quantize groups [group0, group1) of token `t`; x points at column 32 * group0 and holds
      * min(32 * group1, cols) - 32 * group0 values, the rest counts as 0. */
     void (*quantize)(fl_act *act, int32_t t, int32_t group0, int32_t group1, const float *x,
                      int32_t cols);
 
-    /* y[r] for the rows of blocks [block0, block1), act->width == 1. y points at row
+    /* y[r] for the rows of blocks [block0, block1) and the one token of act. y points at row
      * 16 * block0 and has room for whole blocks. */
     void (*gemv)(float *y, const fl_linear *w, int32_t block0, int32_t block1, const fl_act *act);
 
-    /* The same for every token of act (width FL_TILE): y[t * stride + r], r counted from row
+    /* The same for several tokens, as fl_act_width has them: y[t * stride + r], r counted from row
      * 16 * block0. Whole blocks of rows are written, of the n tokens alone.
      * `panel`: FL_PANEL_BYTES(groups) scratch, 64-byte aligned, for unpacked codes. */
     void (*gemm)(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
@@ -120,6 +123,28 @@ typedef struct {
     void (*gelu_mul)(float *y, const float *gate, const float *up, int32_t n);
 } fl_kernels;
 
+/* Tokens that lie side by side in the activations of n tokens. */
+static inline int32_t fl_act_width(const fl_kernels *k, int32_t n) {
+    return n == 1 ? 1 : k->tall_from && n >= k->tall_from ? FL_TALL_TILE : FL_TILE;
+}
+
+/* One token's group of activations: its 8 codes dwords `step` apart, and where the rest stands. */
+typedef struct {
+    int32_t *codes;
+    size_t step, at;
+} fl_act_group;
+
+static inline fl_act_group fl_act_find(const fl_act *act, size_t t, size_t g) {
+    size_t width = (size_t)act->width, groups = (size_t)act->groups, lane = t % width;
+    size_t cell = t / width * groups + g;
+    int tall = act->width == FL_TALL_TILE;
+    return (fl_act_group){
+        .codes = act->codes + (tall ? (t * groups + g) * 8 : cell * 8 * width + lane),
+        .step = tall ? 1 : width,
+        .at = cell * width + lane,
+    };
+}
+
 /* Scratch of gemm: two row blocks, unpacked to bytes, and their scales and mins as floats. */
 #define FL_PANEL_BYTES(groups) ((size_t)(groups) * (2 * 512 + 2 * 2 * 64) + 64)
 /* Scratch of attend: quantized queries, scores and values of one page, running sums. */
@@ -132,6 +157,9 @@ extern const fl_kernels fl_kernels_avx2;
 #endif
 #if defined(FL_HAVE_AVX512)
 extern const fl_kernels fl_kernels_avx512;
+#endif
+#if defined(FL_HAVE_AMX)
+extern const fl_kernels fl_kernels_amx;
 #endif
 #if defined(FL_HAVE_FP32)
 extern const fl_kernels fl_kernels_fp32;

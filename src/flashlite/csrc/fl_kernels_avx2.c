@@ -113,14 +113,12 @@ INLINE __m256i encode(const group32 *v, float inverse, int32_t *sum) {
 
 static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, const float *x,
                      int32_t cols) {
-    size_t width = (size_t)act->width, lane = (size_t)t % width;
-    size_t first = (size_t)t / width * (size_t)act->groups;
     for (int32_t g = group0; g < group1; g++, x += FL_GROUP) {
         int32_t n = cols - g * FL_GROUP;
         group32 v = load_group(x, n < FL_GROUP ? n : FL_GROUP);
         float amax = magnitude(&v);
-        size_t at = (first + (size_t)g) * width + lane;
-        int32_t *to = act->codes + (first + (size_t)g) * 8 * width + lane;
+        fl_act_group to = fl_act_find(act, (size_t)t, (size_t)g);
+        size_t at = to.at;
         int32_t dwords[8] = {0}, sum = 0;
         if (amax >= FL_QUANT_TINY) {
             _mm256_storeu_si256((void *)dwords, encode(&v, 127.0f / amax, &sum));
@@ -130,7 +128,7 @@ static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, con
         }
         act->offset[at] = -128 * sum;
         act->moment[at] = act->scale[at] * (float)sum;
-        UNROLL for (size_t k4 = 0; k4 < 8; k4++) to[k4 * width] = dwords[k4];
+        UNROLL for (size_t k4 = 0; k4 < 8; k4++) to.codes[k4 * to.step] = dwords[k4];
     }
 }
 

@@ -169,21 +169,21 @@ INLINE __m128i sum_fours(__m512i codes0, __m512i codes1) {
     return _mm_unpacklo_epi32(_mm512_castsi512_si128(s), _mm512_extracti32x4_epi32(s, 2));
 }
 
-/* Where one token's group goes: codes `width` apart, the rest at one place. */
+/* Where one token's group goes: codes `step` apart, what is next group's `width` behind. */
 typedef struct {
     int32_t *codes, *offset;
     float *scale, *moment;
-    size_t width;
+    size_t step, width;
 } slot;
 
 INLINE slot slot_at(const fl_act *act, int32_t t, int32_t g) {
-    size_t width = (size_t)act->width, tile = (size_t)t / width * (size_t)act->groups + (size_t)g;
-    size_t lane = (size_t)t % width, at = tile * width + lane;
-    return (slot){.codes = act->codes + tile * 8 * width + lane,
-                  .offset = act->offset + at,
-                  .scale = act->scale + at,
-                  .moment = act->moment + at,
-                  .width = width};
+    fl_act_group to = fl_act_find(act, (size_t)t, (size_t)g);
+    return (slot){.codes = to.codes,
+                  .offset = act->offset + to.at,
+                  .scale = act->scale + to.at,
+                  .moment = act->moment + to.at,
+                  .step = to.step,
+                  .width = (size_t)act->width};
 }
 
 INLINE void quantize_one(const slot *to, const float *x, int32_t n) {
@@ -193,7 +193,7 @@ INLINE void quantize_one(const slot *to, const float *x, int32_t n) {
     *to->offset = -128 * sum;
     *to->moment = *to->scale * (float)sum;
     _mm256_storeu_si256((__m256i *)(void *)quads, codes);
-    UNROLL for (size_t k4 = 0; k4 < 8; k4++) to->codes[k4 * to->width] = quads[k4];
+    UNROLL for (size_t k4 = 0; k4 < 8; k4++) to->codes[k4 * to->step] = quads[k4];
 }
 
 /* Four whole groups at a time, all of magnitudes that count; 0 where one does not. */
@@ -214,22 +214,26 @@ INLINE int quantize_four(const slot *to, const float *x) {
     __m128i sum = sum_fours(codes0, codes1);
     __m128i offset = _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sum, 7));
     __m128 moment = _mm_mul_ps(scale, _mm_cvtepi32_ps(sum));
-    if (to->width == 1) {
+    if (to->step == 1) {
         _mm512_storeu_si512(to->codes, codes0);
         _mm512_storeu_si512(to->codes + 16, codes1);
+    } else {
+        int32_t quads[32];
+        _mm512_storeu_si512(quads, codes0);
+        _mm512_storeu_si512(quads + 16, codes1);
+        for (size_t i = 0; i < 32; i++) to->codes[i * to->step] = quads[i];
+    }
+    if (to->width == 1) {
         _mm_storeu_ps(to->scale, scale);
         _mm_storeu_ps(to->moment, moment);
         _mm_storeu_si128((__m128i *)(void *)to->offset, offset);
         return 1;
     }
-    int32_t quads[32], offsets[4];
+    int32_t offsets[4];
     float scales[4], moments[4];
-    _mm512_storeu_si512(quads, codes0);
-    _mm512_storeu_si512(quads + 16, codes1);
     _mm_storeu_ps(scales, scale);
     _mm_storeu_ps(moments, moment);
     _mm_storeu_si128((__m128i *)(void *)offsets, offset);
-    for (size_t i = 0; i < 32; i++) to->codes[i * to->width] = quads[i];
     for (size_t i = 0; i < 4; i++) {
         to->scale[i * to->width] = scales[i];
         to->moment[i * to->width] = moments[i];

@@ -34,20 +34,16 @@ static float quantize_group(int8_t codes[FL_GROUP], const float *x, int32_t n) {
 
 static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, const float *x,
                      int32_t cols) {
-    size_t width = (size_t)act->width, lane = (size_t)t % width;
-    size_t first = (size_t)t / width * (size_t)act->groups;
     for (int32_t g = group0; g < group1; g++) {
         int32_t n = cols - g * FL_GROUP;
-        size_t at = (first + (size_t)g) * width + lane;
+        fl_act_group to = fl_act_find(act, (size_t)t, (size_t)g);
         int8_t codes[FL_GROUP];
-        act->scale[at] = quantize_group(codes, x, n < FL_GROUP ? n : FL_GROUP);
+        act->scale[to.at] = quantize_group(codes, x, n < FL_GROUP ? n : FL_GROUP);
         int32_t sum = 0;
         for (int32_t i = 0; i < FL_GROUP; i++) sum += codes[i];
-        act->offset[at] = -128 * sum;
-        act->moment[at] = act->scale[at] * (float)sum;
-        for (size_t k4 = 0; k4 < 8; k4++) {
-            memcpy(&act->codes[((first + (size_t)g) * 8 + k4) * width + lane], codes + 4 * k4, 4);
-        }
+        act->offset[to.at] = -128 * sum;
+        act->moment[to.at] = act->scale[to.at] * (float)sum;
+        for (size_t k4 = 0; k4 < 8; k4++) memcpy(to.codes + k4 * to.step, codes + 4 * k4, 4);
         x += FL_GROUP;
     }
 }
@@ -68,13 +64,13 @@ static void unpack(int8_t codes[512], const fl_linear *w, size_t group) {
     }
 }
 
-/* y[16] += one group's part for one token. `x` holds 8 dwords of 4 codes, `width` apart. */
+/* y[16] += one group's part for one token. `x` holds 8 dwords of 4 codes, `step` apart. */
 static void add_group(float *y, const int8_t codes[512], const float scale[16], const float min[16],
-                      const int32_t *x, size_t width, float scale_x, float moment) {
+                      const int32_t *x, size_t step, float scale_x, float moment) {
     int32_t dot[FL_BLOCK_ROWS] = {0};
     for (size_t k4 = 0; k4 < 8; k4++) {
         int8_t four[4];
-        memcpy(four, x + k4 * width, 4);
+        memcpy(four, x + k4 * step, 4);
         for (size_t r = 0; r < FL_BLOCK_ROWS; r++) dot[r] += dot4(codes + k4 * 64 + r * 4, four);
     }
     for (size_t r = 0; r < FL_BLOCK_ROWS; r++) {
@@ -88,7 +84,7 @@ static void add_group(float *y, const int8_t codes[512], const float scale[16], 
 /* Each group is unpacked once and added to all tokens; y itself accumulates. */
 static void multiply(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
                      const fl_act *act) {
-    size_t width = (size_t)act->width, groups = (size_t)w->groups, tokens = (size_t)act->n;
+    size_t groups = (size_t)w->groups, tokens = (size_t)act->n;
     for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
         for (size_t t = 0; t < tokens; t++) {
             memset(y + t * stride, 0, FL_BLOCK_ROWS * sizeof *y);
@@ -103,10 +99,9 @@ static void multiply(float *y, size_t stride, const fl_linear *w, int32_t block0
                 min[r] = w->format == FL_Q4M ? fl_half_to_float(w->mins[at + r]) : 0.0f;
             }
             for (size_t t = 0; t < tokens; t++) {
-                size_t group = t / width * (size_t)act->groups + g, lane = t % width;
-                add_group(y + t * stride, codes, scale, w->format == FL_Q4M ? min : NULL,
-                          act->codes + group * 8 * width + lane, width,
-                          act->scale[group * width + lane], act->moment[group * width + lane]);
+                fl_act_group x = fl_act_find(act, t, g);
+                add_group(y + t * stride, codes, scale, w->format == FL_Q4M ? min : NULL, x.codes,
+                          x.step, act->scale[x.at], act->moment[x.at]);
             }
         }
     }

@@ -21,9 +21,10 @@ static fl_span share(const fl_thread *t, int32_t n) {
 
 /* Tokens of this thread, whole tiles, so that no two threads write one tile. */
 static fl_span share_tokens(const fl_thread *t, int32_t n) {
-    fl_span s = share(t, (n + FL_TILE - 1) / FL_TILE);
-    s.first *= FL_TILE;
-    s.last *= FL_TILE;
+    int32_t width = fl_act_width(t->engine->kernels, n);
+    fl_span s = share(t, (n + width - 1) / width);
+    s.first *= width;
+    s.last *= width;
     if (s.last > n) s.last = n;
     return s;
 }
@@ -57,7 +58,7 @@ static void multiply(fl_thread *t, float *y, size_t stride, const fl_linear *w, 
     const fl_kernels *k = t->engine->kernels;
     if (block0 >= block1) return;
     float *out = y + (size_t)block0 * FL_BLOCK_ROWS;
-    if (act->width == 1)
+    if (act->n == 1)
         k->gemv(out, w, block0, block1, act);
     else
         k->gemm(out, stride, w, block0, block1, act, t->panel);
@@ -73,7 +74,7 @@ static void multiply(fl_thread *t, float *y, size_t stride, const fl_linear *w, 
 static fl_act *set_input(fl_thread *t, int32_t n, int32_t cols) {
     t->input = n == 1 ? t->own : t->engine->act;
     t->input.n = n;
-    t->input.width = n == 1 ? 1 : FL_TILE;
+    t->input.width = fl_act_width(t->engine->kernels, n);
     t->input.groups = (cols + FL_GROUP - 1) / FL_GROUP;
     return &t->input;
 }

@@ -137,14 +137,25 @@ void fl_barrier_wait(fl_barrier *barrier) {
 }
 
 #if defined(__x86_64__)
+/* Linux gives the 8 KB of tiles to a process that asks for them. */
+static int allow_tiles(void) {
+#if defined(__linux__)
+    const int request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return 0;
+#endif
+}
+
 /* Whether CPU and operating system have all of the given bits. Asked here and not through
  * __builtin_cpu_supports, which knows fewer instruction sets in some compilers' runtimes. */
 static int has_features(uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx,
-                        uint32_t saved) {
-    uint32_t a, b, c, d, b7, c7, states, high;
+                        uint32_t leaf7_edx, uint32_t saved) {
+    uint32_t a, b, c, d, b7, c7, d7, states, high;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & leaf1_ecx) != leaf1_ecx) return 0;
-    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d)) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return 0;
     if ((b7 & leaf7_ebx) != leaf7_ebx || (c7 & leaf7_ecx) != leaf7_ecx) return 0;
+    if ((d7 & leaf7_edx) != leaf7_edx) return 0;
     __asm__ volatile("xgetbv" : "=a"(states), "=d"(high) : "c"(0)); /* OSXSAVE is in leaf1_ecx */
     return (states & saved) == saved;
 }
@@ -156,9 +167,14 @@ int fl_os_runs(const char *isa) {
     const uint32_t fma_osxsave_avx_f16c = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;
     const uint32_t avx2 = 1u << 5, f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     const uint32_t vnni = 1u << 11, ymm = 0x6, zmm = 0xe6; /* registers that the system saves */
-    if (!strcmp(isa, "avx2")) return has_features(fma_osxsave_avx_f16c, avx2, 0, ymm);
+    if (!strcmp(isa, "avx2")) return has_features(fma_osxsave_avx_f16c, avx2, 0, 0, ymm);
     if (!strcmp(isa, "avx512"))
-        return has_features(fma_osxsave_avx_f16c, avx2 | f_dq_bw_vl, vnni, zmm);
+        return has_features(fma_osxsave_avx_f16c, avx2 | f_dq_bw_vl, vnni, 0, zmm);
+    const uint32_t tile_int8 = 1u << 24 | 1u << 25, tiles = 0x60000;
+    if (!strcmp(isa, "amx"))
+        return has_features(fma_osxsave_avx_f16c, avx2 | f_dq_bw_vl, vnni, tile_int8,
+                            zmm | tiles) &&
+               allow_tiles();
 #endif
     return 0;
 }

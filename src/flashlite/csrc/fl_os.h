@@ -40,7 +40,8 @@ int fl_barrier_init(fl_barrier *barrier, uint32_t n); /* 0 on success */
 void fl_barrier_destroy(fl_barrier *barrier);
 void fl_barrier_wait(fl_barrier *barrier);
 
-/* Whether this CPU and system run the instructions of "plain", "fp32", "avx2" or "avx512". */
+/* Whether this CPU and system run the instructions of "plain", "fp32", "avx2", "avx512" or
+ * "amx", whose registers this asks the system for. */
 int fl_os_runs(const char *isa);
 
 #endif

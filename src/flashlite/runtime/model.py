@@ -314,7 +314,7 @@ def load(
             for them.
         accept_license: for models whose licence asks for it.
         offline: use only what is on this machine.
-        isa: `avx512`, `avx2` or `plain`; None: the best this CPU runs.
+        isa: `amx`, `avx512`, `avx2` or `plain`; None: the best this CPU runs.
         progress: called with (stage, done, total) while something long runs.
 
     Raises:
