@@ -380,6 +380,8 @@ class Pages:
             return np.ascontiguousarray(page[:, start : start + length]).view(dtype)
 
         k, v = cut(0, width, number), cut(width + scales, width, number)
+        if not self.fp32:
+            v = v.reshape(count, PAGE // 4, d, 4).transpose(0, 1, 3, 2)
         v = v.reshape(-1, d)[: self.tokens].astype(np.float64)
         if self.fp32:
             k = k.reshape(count, d, PAGE).transpose(0, 2, 1).reshape(-1, d)[: self.tokens]

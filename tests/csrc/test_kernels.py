@@ -242,6 +242,14 @@ def test_attend_equals_plain(kernels: h.Kernels, plain: h.Kernels, head_dim: int
         assert np.array_equal(ours, plain.attend(pages, q, first, last))
 
 
+def check_attention(
+    kernels: h.Kernels, out: h.F32, expected: npt.NDArray[Any], v: npt.NDArray[Any]
+) -> None:
+    """But for FP32, the weights of the values are rounded to 127 steps."""
+    reach = 2e-6 if kernels.fp32 else 0.01 * float(np.abs(v).max())
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=reach)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_attend_agrees_with_float64(any_kernels: h.Kernels, head_dim: int) -> None:
     rng = np.random.default_rng(head_dim)
@@ -258,7 +266,7 @@ def test_attend_agrees_with_float64(any_kernels: h.Kernels, head_dim: int) -> No
         for low in (np.zeros(n, np.int32), first):
             out = any_kernels.attend(pages, q, low, last)
             expected = h.softmax_attention(exact, k, v, low, last)
-            np.testing.assert_allclose(out, expected, rtol=1e-4, atol=2e-6)
+            check_attention(any_kernels, out, expected, v)
 
 
 def test_attend_keeps_large_and_far_scores(any_kernels: h.Kernels) -> None:
@@ -271,8 +279,8 @@ def test_attend_keeps_large_and_far_scores(any_kernels: h.Kernels) -> None:
         any_kernels.store_kv(pages, position, k, v[position])
     out = any_kernels.attend(pages, np.ones((2, 32), np.float32), [0, 0], [95, 31])
     _, stored = pages.dequantize()
-    np.testing.assert_allclose(out[0], stored[32:64].mean(0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(out[1], stored[:32].mean(0), rtol=1e-4, atol=1e-6)
+    check_attention(any_kernels, out[0], stored[32:64].mean(0), stored)
+    check_attention(any_kernels, out[1], stored[:32].mean(0), stored)
 
 
 def test_attend_over_no_positions_is_zero(any_kernels: h.Kernels) -> None:

@@ -66,7 +66,7 @@ typedef struct {
 /* Where one sequence's keys and values of one KV head of one layer lie.
  * A page holds, for one layer and KV head, in this order, with G = ceil(head_dim / 32) groups:
  *   K codes  [head_dim / 4][32 tokens][4] s8        K scales [G][32 tokens] half
- *   V codes  [32 tokens][head_dim] s8               V scales [G][32 tokens] half
+ *   V codes  [32 tokens / 4][head_dim][4] s8        V scales [G][32 tokens] half
  * (FP32 test build: K [head_dim][32 tokens] float, V [32 tokens][head_dim] float, no scales.) */
 typedef struct {
     uint8_t *base; /* arena + offset of this layer and head inside a page */
@@ -109,8 +109,11 @@ typedef struct {
     /* Attention of n_q query rows over the positions [first[i], last[i]] of one sequence:
      *   out[i] = sum_p softmax(q_i . k_p) v_p
      * q [n_q][head_dim] is roped and already multiplied by the softmax scale; out likewise.
-     * Keys are scored in int8: q is quantized per group of 32 like activations; probabilities and
-     * values are combined in float. Pages are visited in rising order with a running maximum.
+     * In int8: q is quantized per group of 32 like activations; for each page and group of channels
+     * the probabilities times the scales of the values, 0 where a query sees no token, are quantized
+     * like one group of activations, whose product with the codes of V, D, makes
+     *   out = fma(out, factor, (float)D * scale).
+     * Pages are visited in rising order with a running maximum, which the factor follows.
      * `scratch`: FL_ATTEND_BYTES(head_dim), 64-byte aligned. */
     void (*attend)(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
                    const int32_t *last, void *scratch);
@@ -147,7 +150,7 @@ static inline fl_act_group fl_act_find(const fl_act *act, size_t t, size_t g) {
 
 /* Scratch of gemm: two row blocks, unpacked to bytes, and their scales and mins as floats. */
 #define FL_PANEL_BYTES(groups) ((size_t)(groups) * (2 * 512 + 2 * 2 * 64) + 64)
-/* Scratch of attend: quantized queries, scores and values of one page, running sums. */
+/* Scratch of attend: quantized queries, scores and probabilities of one page, running sums. */
 #define FL_ATTEND_BYTES(head_dim) \
     ((size_t)FL_MAX_QUERIES * (((size_t)(head_dim) + 32) * 8 + 128 * 4) + 12288)
 

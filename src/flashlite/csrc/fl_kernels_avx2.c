@@ -148,6 +148,7 @@ typedef struct {
     const void *scales, *mins;
     size_t groups;
     size_t last_steps; /* of the last group: 8, less where it is short (keys only) */
+    size_t pitch; /* of values only, whose rows are as far apart as a head is wide */
 } rows;
 
 /* Tokens: step k4 of group g at codes + (8 g + k4) * width, the rest at g * width. */
@@ -306,6 +307,7 @@ UP_TO_FEW(few_q8, FL_Q8, BYTES, 64)
 UP_TO_FEW(few_q4, FL_Q4, NIBBLES, 64)
 UP_TO_FEW(few_q4m, FL_Q4M, NIBBLES, 64)
 UP_TO_FEW(few_keys, FL_Q8, BYTES, 128)
+UP_TO_FEW(few_values, FL_Q8, BYTES, w->pitch)
 WHOLE_TILE(whole_q4, FL_Q4)
 WHOLE_TILE(whole_q4m, FL_Q4M)
 
@@ -499,7 +501,8 @@ static void store_kv(const fl_kv *kv, int32_t position, const float *k, const fl
             memcpy(page.k + ((size_t)(c + i) / 4 * 32 + t) * 4, codes + i, 4);
         }
         page.v_scales[(size_t)g * 32 + t] = quantize_half(codes, v + c, n);
-        memcpy(page.v + t * (size_t)kv->head_dim + (size_t)c, codes, (size_t)n);
+        uint8_t *v = page.v + (t / 4 * (size_t)kv->head_dim + (size_t)c) * 4 + t % 4;
+        for (int32_t i = 0; i < n; i++) v[4 * i] = codes[i];
     }
 }
 
@@ -515,8 +518,9 @@ typedef struct {
     float *lanes;        /* [n][16] its running sum */
     float *factor;       /* [n] by which this page shrinks what came before */
     float *p;            /* [n][32] scores, then probabilities, of one page */
-    float *scaled;       /* [n][32] probabilities times the value scales of one group */
-    float *values;       /* [32][32] the values of one group of channels, as floats */
+    fl_act weights;      /* probabilities times the value scales of one group, quantized */
+    float *sums;         /* [FEW][16] their products with 16 channels */
+    uint8_t *v;          /* [8][16][4] the last channels of a page, where they are no 16 */
     float *acc;          /* [n][dim] sums so far */
 } attention;
 
@@ -539,8 +543,15 @@ static attention lay_out(void *scratch, int32_t n, int32_t head_dim) {
     TAKE(a.lanes, n * 16);
     TAKE(a.factor, n);
     TAKE(a.p, n * 32);
-    TAKE(a.scaled, n * 32);
-    TAKE(a.values, 32 * 32);
+    a.weights.n = n;
+    a.weights.width = FL_TILE;
+    a.weights.groups = 1;
+    TAKE(a.weights.codes, queries * 8);
+    TAKE(a.weights.scale, queries);
+    TAKE(a.weights.moment, queries);
+    TAKE(a.weights.offset, queries);
+    TAKE(a.sums, FEW * 16);
+    TAKE(a.v, 8 * 16);
     TAKE(a.acc, (size_t)n * a.dim);
 #undef TAKE
     return a;
@@ -601,72 +612,58 @@ static void softmax_page(const attention *a, int32_t i, span seen) {
     }
 }
 
-INLINE __m256 widen(const uint8_t *v) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)v)));
-}
-
-/* acc[i] = acc[i] * factor + sum over tokens of scaled p x v: n queries, 32 channels. `v` holds
- * bytes, `pitch` apart, or floats, 32 apart. A short last group reads past its channels, into the
- * next token or the scales that follow the values; those sums are never used. */
-INLINE void add_values(float *acc, size_t dim, const float *factor, const float *scaled,
-                       const void *v, size_t pitch, span seen, int bytes, int n) {
-    __m256 sum[FEW][4];
-    UNROLL for (int i = 0; i < n; i++) {
-        __m256 f = _mm256_set1_ps(factor[i]);
-        UNROLL for (int j = 0; j < 4; j++) {
-            sum[i][j] = _mm256_mul_ps(_mm256_loadu_ps(acc + (size_t)i * dim + 8 * j), f);
-        }
+/* Quantize the weights of all queries in group g: probabilities times value scales. Tokens that nobody
+ * sees may never have been written, and 0 * NaN is not 0. */
+static void weigh(const attention *a, const page_view *page, int32_t g, span seen) {
+    const __m256i low = _mm256_set1_epi32(seen.low - 1), high = _mm256_set1_epi32(seen.high + 1);
+    __m256 scale[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+        __m256i t =
+            _mm256_add_epi32(_mm256_set1_epi32(8 * j), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        __m256i keep = _mm256_and_si256(_mm256_cmpgt_epi32(t, low), _mm256_cmpgt_epi32(high, t));
+        scale[j] =
+            _mm256_and_ps(load_halves(page->v_scales + g * 32 + 8 * j), _mm256_castsi256_ps(keep));
     }
-    for (int32_t t = seen.low; t <= seen.high; t++) {
-        __m256 p[FEW];
-        UNROLL for (int i = 0; i < n; i++) p[i] = _mm256_set1_ps(scaled[i * 32 + t]);
-        UNROLL for (int j = 0; j < 4; j++) { /* 12 sums, 3 factors, 1 vector: all registers */
-            __m256 x = bytes ? widen((const uint8_t *)v + (size_t)t * pitch + 8 * j)
-                             : _mm256_loadu_ps((const float *)v + t * 32 + 8 * j);
-            UNROLL for (int i = 0; i < n; i++) {
-                sum[i][j] = _mm256_fmadd_ps(p[i], x, sum[i][j]);
-                KEEP(sum[i][j]);
-            }
-        }
-    }
-    UNROLL for (int i = 0; i < n; i++) {
+    fl_act to = a->weights;
+    for (int32_t i = 0; i < a->n; i++) {
+        float weights[32];
         UNROLL for (int j = 0; j < 4; j++) {
-            _mm256_storeu_ps(acc + (size_t)i * dim + 8 * j, sum[i][j]);
+            __m256 p = _mm256_loadu_ps(a->p + i * 32 + 8 * j);
+            _mm256_storeu_ps(weights + 8 * j, _mm256_mul_ps(p, scale[j]));
         }
+        quantize(&to, i, 0, 1, weights, 32);
     }
 }
 
-/* acc = acc * factor + p V over the tokens that any query sees, a group of channels at a time. */
+/* acc = acc * factor + weights x values, 16 channels at a time: a page's values are rows as its keys
+ * are, without scales of their own. */
 static void combine_page(const attention *a, const page_view *page, span seen) {
-    int buffered = a->n > FEW; /* then floats are worth a store */
-    size_t pitch = (size_t)a->head_dim;
-    for (int32_t g = 0; g < a->groups; g++) {
-        const uint8_t *v = page->v + g * FL_GROUP;
-        for (int32_t j = 0; j < 32; j += 8) {
-            __m256 scale = load_halves(page->v_scales + g * 32 + j);
-            for (int32_t i = 0; i < a->n; i++) {
-                __m256 p = _mm256_loadu_ps(a->p + i * 32 + j);
-                _mm256_storeu_ps(a->scaled + i * 32 + j, _mm256_mul_ps(p, scale));
+    static const uint16_t ones[16] = {0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00,
+                                      0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00,
+                                      0x3c00, 0x3c00, 0x3c00, 0x3c00};
+    size_t row = (size_t)a->head_dim * 4; /* bytes of four tokens' values */
+    for (int32_t c = 0; c < a->head_dim; c += 16) {
+        rows v = {.codes = page->v + c * 4, .scales = ones, .groups = 1, .last_steps = 8};
+        v.pitch = row;
+        if (c % FL_GROUP == 0) weigh(a, page, c / FL_GROUP, seen);
+        if (a->head_dim - c < 16) { /* behind them the page may end */
+            for (size_t t4 = 0; t4 < 8; t4++) {
+                memcpy(a->v + 64 * t4, v.codes + row * t4, (size_t)(a->head_dim - c) * 4);
             }
-        }
-        for (int32_t t = seen.low; buffered && t <= seen.high; t++) {
-            UNROLL for (int j = 0; j < 4; j++) {
-                __m256 x = widen(v + (size_t)t * pitch + 8 * j);
-                _mm256_storeu_ps(a->values + t * 32 + 8 * j, x);
-            }
+            v.codes = a->v, v.pitch = 64;
         }
         for (int32_t i = 0; i < a->n; i += FEW) {
-            float *acc = a->acc + (size_t)i * a->dim + g * FL_GROUP;
-            const float *factor = a->factor + i, *scaled = a->scaled + i * 32;
-            int32_t n = a->n - i;
-            if (buffered && n >= 3) {
-                add_values(acc, a->dim, factor, scaled, a->values, 0, seen, 0, 3);
-            } else if (n >= 3) {
-                add_values(acc, a->dim, factor, scaled, v, pitch, seen, 1, 3);
-            } else if (n == 2) {
-                add_values(acc, a->dim, factor, scaled, v, pitch, seen, 1, 2);
-            } else {
-                add_values(acc, a->dim, factor, scaled, v, pitch, seen, 1, 1);
+            const tokens x = view_tokens(&a->weights, i);
+            int32_t n = a->n - i < FEW ? a->n - i : FEW;
+            few_values(a->sums, 16, &v, &x, n);
+            for (int32_t j = 0; j < n; j++) {
+                __m256 factor = _mm256_set1_ps(a->factor[i + j]);
+                float *to = a->acc + (size_t)(i + j) * a->dim + c;
+                UNROLL for (int half = 0; half < 16; half += 8) {
+                    __m256 sum = _mm256_loadu_ps(a->sums + j * 16 + half);
+                    sum = _mm256_fmadd_ps(_mm256_loadu_ps(to + half), factor, sum);
+                    _mm256_storeu_ps(to + half, sum);
+                }
             }
         }
     }

@@ -197,12 +197,9 @@ INLINE void quantize_one(const slot *to, const float *x, int32_t n) {
 }
 
 /* Four whole groups at a time, all of magnitudes that count; 0 where one does not. */
-INLINE int quantize_four(const slot *to, const float *x) {
-    __m512 values[8];
-    UNROLL for (int i = 0; i < 8; i++) values[i] = _mm512_loadu_ps(x + 16 * i);
+INLINE int quantize_values(int32_t codes[32], float scales[4], const __m512 values[8]) {
     __m128 amax = magnitudes(values);
     if (_mm_cmp_ps_mask(amax, _mm_set1_ps(FL_QUANT_TINY), _CMP_GE_OQ) != 15) return 0;
-    __m128 scale = _mm_div_ps(amax, _mm_set1_ps(127.0f));
     __m128 inverse = _mm_div_ps(_mm_set1_ps(127.0f), amax);
     __m512 factor[4];
     factor[0] = _mm512_broadcastss_ps(inverse);
@@ -211,29 +208,30 @@ INLINE int quantize_four(const slot *to, const float *x) {
     factor[3] = _mm512_broadcastss_ps(_mm_permute_ps(inverse, 0xff));
     __m512i codes0 = encode_pair(values, factor[0], factor[1]);
     __m512i codes1 = encode_pair(values + 4, factor[2], factor[3]);
+    _mm512_storeu_si512(codes, codes0);
+    _mm512_storeu_si512(codes + 16, codes1);
+    _mm_storeu_ps(scales, _mm_div_ps(amax, _mm_set1_ps(127.0f)));
+    return 1;
+}
+
+INLINE int quantize_four(const slot *to, const float *x) {
+    __m512 values[8];
+    int32_t codes[32], offsets[4];
+    float scales[4], moments[4];
+    UNROLL for (int i = 0; i < 8; i++) values[i] = _mm512_loadu_ps(x + 16 * i);
+    if (!quantize_values(codes, scales, values)) return 0;
+    __m512i codes0 = _mm512_loadu_si512(codes), codes1 = _mm512_loadu_si512(codes + 16);
     __m128i sum = sum_fours(codes0, codes1);
     __m128i offset = _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sum, 7));
-    __m128 moment = _mm_mul_ps(scale, _mm_cvtepi32_ps(sum));
+    __m128 moment = _mm_mul_ps(_mm_loadu_ps(scales), _mm_cvtepi32_ps(sum));
+    _mm_storeu_ps(moments, moment);
+    _mm_storeu_si128((__m128i *)(void *)offsets, offset);
     if (to->step == 1) {
         _mm512_storeu_si512(to->codes, codes0);
         _mm512_storeu_si512(to->codes + 16, codes1);
     } else {
-        int32_t quads[32];
-        _mm512_storeu_si512(quads, codes0);
-        _mm512_storeu_si512(quads + 16, codes1);
-        for (size_t i = 0; i < 32; i++) to->codes[i * to->step] = quads[i];
+        for (size_t i = 0; i < 32; i++) to->codes[i * to->step] = codes[i];
     }
-    if (to->width == 1) {
-        _mm_storeu_ps(to->scale, scale);
-        _mm_storeu_ps(to->moment, moment);
-        _mm_storeu_si128((__m128i *)(void *)to->offset, offset);
-        return 1;
-    }
-    int32_t offsets[4];
-    float scales[4], moments[4];
-    _mm_storeu_ps(scales, scale);
-    _mm_storeu_ps(moments, moment);
-    _mm_storeu_si128((__m128i *)(void *)offsets, offset);
     for (size_t i = 0; i < 4; i++) {
         to->scale[i * to->width] = scales[i];
         to->moment[i * to->width] = moments[i];
@@ -526,18 +524,19 @@ static void store_kv(const fl_kv *kv, int32_t position, const float *k, const fl
         }
         coded = quantize_half(&page.v_scales[(size_t)g * 32 + t], v + c, n);
         _mm256_storeu_si256((__m256i *)(void *)codes, coded);
-        memcpy(page.v + t * (size_t)kv->head_dim + (size_t)c, codes, (size_t)n);
+        int8_t *v = page.v + (t / 4 * (size_t)kv->head_dim + (size_t)c) * 4 + t % 4;
+        for (int32_t i = 0; i < n; i++) v[4 * i] = codes[i];
     }
 }
 
 /* ---- attention ---- */
 
 #define SCORE_QUERIES 4 /* queries scored together: 8 dot products, 8 sums */
-#define COMBINE_QUERIES 8 /* queries whose outputs are summed together: 16 vectors */
+#define COMBINE_QUERIES 8 /* queries whose outputs are summed together: 16 dot products */
 
 /* The scratch of one call, G = whole and partial groups of head_dim. Groups are always whole
- * here: codes of queries are padded with zeros, and the keys and values of a partial last group
- * are copied to a padded place. */
+ * here: codes of queries are padded with zeros, and the keys of a partial last group are copied to
+ * a padded place. */
 typedef struct {
     int32_t groups;
     int32_t *codes; /* [n_q][8 G] four s8 codes of a query each */
@@ -548,9 +547,10 @@ typedef struct {
     float *m; /* [n_q] running maximum */
     float *lanes; /* [n_q][16] running sum of probabilities */
     float *acc; /* [n_q][32 G] running outputs */
-    float *weighted; /* [COMBINE_QUERIES][32] probabilities times the value scales of one group */
-    float *values; /* [32][32] the values of one group, as floats */
-    int8_t *k, *v; /* [8][32][4], [32][32] the partial last group of one page */
+    float *value_scales; /* [G][32] of one page, 0 where nobody sees the token */
+    int32_t *weights; /* [n_q][8 G] four s8 codes of probabilities times these, each */
+    float *weight_scale; /* [n_q][G] */
+    int8_t *k; /* [8][32][4] the partial last group of one page */
 } attention;
 
 /* The next n * size bytes of scratch, aligned. */
@@ -564,9 +564,10 @@ static attention open_attention(const float *q, int32_t n_q, int32_t head_dim, v
     size_t n = (size_t)n_q, groups = ((size_t)head_dim + FL_GROUP - 1) / FL_GROUP;
     char *free = scratch;
     attention a = {.groups = (int32_t)groups};
-    a.k = carve(&free, 32 * FL_GROUP, 1), a.v = carve(&free, 32 * FL_GROUP, 1);
-    a.weighted = carve(&free, COMBINE_QUERIES * 32, sizeof *a.weighted);
-    a.values = carve(&free, 32 * FL_GROUP, sizeof *a.values);
+    a.k = carve(&free, 32 * FL_GROUP, 1);
+    a.value_scales = carve(&free, groups * 32, sizeof *a.value_scales);
+    a.weight_scale = carve(&free, n * groups, sizeof *a.weight_scale);
+    a.weights = carve(&free, n * groups * 8, sizeof *a.weights);
     a.lanes = carve(&free, n * 16, sizeof *a.lanes);
     a.m = carve(&free, n, sizeof *a.m);
     a.factor = carve(&free, n, sizeof *a.factor);
@@ -575,7 +576,7 @@ static attention open_attention(const float *q, int32_t n_q, int32_t head_dim, v
     a.p = carve(&free, n * 32, sizeof *a.p);
     a.codes = carve(&free, n * groups * 8, sizeof *a.codes);
     a.acc = carve(&free, n * groups * FL_GROUP, sizeof *a.acc);
-    memset(a.k, 0, 2 * 32 * FL_GROUP); /* k and v */
+    memset(a.k, 0, 32 * FL_GROUP);
     memset(a.acc, 0, n * groups * FL_GROUP * sizeof *a.acc);
     memset(a.lanes, 0, n * 16 * sizeof *a.lanes);
     for (size_t i = 0; i < n; i++, q += head_dim) {
@@ -591,13 +592,10 @@ static attention open_attention(const float *q, int32_t n_q, int32_t head_dim, v
     return a;
 }
 
-/* Copy what a partial last group of the page holds to its padded place. */
+/* Copy the keys of a partial last group of the page to their padded place. */
 static void copy_partial_group(const attention *a, const page_view *page, size_t head_dim) {
-    size_t whole = head_dim / FL_GROUP * FL_GROUP, rest = head_dim - whole;
-    memcpy(a->k, page->k + whole * 32, rest * 32);
-    for (size_t t = 0; t < 32; t++) {
-        memcpy(a->v + t * FL_GROUP, page->v + t * head_dim + whole, rest);
-    }
+    size_t whole = head_dim / FL_GROUP * FL_GROUP;
+    memcpy(a->k, page->k + whole * 32, (head_dim - whole) * 32);
 }
 
 /* Scores of n queries from `i` on, against the 32 tokens of one page. */
@@ -672,73 +670,94 @@ INLINE void softmax(const attention *a, int32_t i, uint32_t mask) {
         sum, _mm512_fmadd_ps(_mm512_loadu_ps(sum), _mm512_set1_ps(factor), _mm512_add_ps(p0, p1)));
 }
 
-/* 16 values as floats */
-INLINE __m512 widen(const int8_t *v) {
-    __m128i codes = _mm_loadu_si128((const __m128i *)(const void *)v);
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+/* The probabilities of a query times the value scales of a group. */
+INLINE void weigh(__m512 weights[2], const attention *a, size_t query, size_t group) {
+    const float *p = a->p + query * 32, *scales = a->value_scales + group * 32;
+    weights[0] = _mm512_mul_ps(_mm512_loadu_ps(p), _mm512_loadu_ps(scales));
+    weights[1] = _mm512_mul_ps(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(scales + 16));
 }
 
-/* The running outputs of n queries from `i` on, in group g: acc = acc * factor + sum p v over the
- * tokens [low, high]. Values are a->values where `ready`, else made floats here. */
-INLINE void combine_queries(int n, int ready, const attention *a, int32_t i, size_t g,
-                            const uint16_t *scales, const int8_t *v, size_t stride, int32_t low,
-                            int32_t high) {
-    /* Outside [low, high] the page may never have been written, and 0 * NaN is not 0. */
-    uint32_t mask = (0xffffffffu << low) & (0xffffffffu >> (31 - high));
-    __m512 s0 = _mm512_maskz_mov_ps((__mmask16)(mask & 0xffff), load_half(scales));
-    __m512 s1 = _mm512_maskz_mov_ps((__mmask16)(mask >> 16), load_half(scales + 16));
-    size_t row = (size_t)a->groups * FL_GROUP;
+/* Quantize the weights of all queries, four groups at a time; `seen`: the tokens that any query
+ * sees. The others may never have been written, and 0 * NaN is not 0. */
+static void quantize_weights(const attention *a, int32_t n_q, const page_view *page,
+                             uint32_t seen) {
+    size_t groups = (size_t)a->groups, cells = (size_t)n_q * groups, c = 0, query = 0, group = 0;
+    for (size_t g = 0; g < groups; g++) {
+        for (size_t half = 0; half < 2; half++) {
+            __m512 scales = load_half(page->v_scales + g * 32 + 16 * half);
+            scales = _mm512_maskz_mov_ps((__mmask16)(seen >> (16 * half) & 0xffff), scales);
+            _mm512_storeu_ps(a->value_scales + g * 32 + 16 * half, scales);
+        }
+    }
+    while (c < cells) {
+        __m512 values[8];
+        int32_t *codes = a->weights + c * 8;
+        float *scale = a->weight_scale + c;
+        size_t n = cells - c < 4 ? cells - c : 4;
+        for (size_t i = 0; i < n; i++) {
+            weigh(values + 2 * i, a, query, group);
+            if (++group == groups) group = 0, query++;
+        }
+        if (n == 4 && quantize_values(codes, scale, values)) {
+            c += 4;
+            continue;
+        }
+        for (size_t i = 0; i < n; i++, c++) {
+            float x[32];
+            _mm512_storeu_ps(x, values[2 * i]);
+            _mm512_storeu_ps(x + 16, values[2 * i + 1]);
+            __m256i coded = quantize_group(scale + i, x, 32);
+            _mm256_storeu_si256((__m256i *)(void *)(codes + 8 * i), coded);
+        }
+    }
+}
+
+/* The running outputs of n queries from `i` on, in group g: out = out * factor + weights x values. */
+INLINE void combine_queries(int n, const attention *a, int32_t i, size_t g, const page_view *page,
+                            size_t head_dim) {
+    const int8_t *v = page->v + g * FL_GROUP * 4;
+    int32_t left = (int32_t)(head_dim - g * FL_GROUP); /* channels: behind them the page may end */
+    __mmask16 mask0 = lanes(left), mask1 = lanes(left - 16);
+    size_t groups = (size_t)a->groups, row = groups * FL_GROUP, at = (size_t)i * groups + g;
     float *out = a->acc + (size_t)i * row + g * FL_GROUP;
-    __m512 acc[COMBINE_QUERIES][2];
-    UNROLL for (int j = 0; j < n; j++) {
-        const float *p = a->p + (i + j) * 32;
-        _mm512_storeu_ps(a->weighted + j * 32, _mm512_mul_ps(_mm512_loadu_ps(p), s0));
-        _mm512_storeu_ps(a->weighted + j * 32 + 16, _mm512_mul_ps(_mm512_loadu_ps(p + 16), s1));
-        __m512 factor = _mm512_set1_ps(a->factor[i + j]);
-        const float *from = out + (size_t)j * row;
-        acc[j][0] = _mm512_mul_ps(_mm512_loadu_ps(from), factor);
-        acc[j][1] = _mm512_mul_ps(_mm512_loadu_ps(from + 16), factor);
-    }
-    for (int32_t t = low; t <= high; t++) {
-        const float *values = a->values + t * FL_GROUP;
-        const int8_t *codes = v + (size_t)t * stride;
-        __m512 v0 = ready ? _mm512_loadu_ps(values) : widen(codes);
-        __m512 v1 = ready ? _mm512_loadu_ps(values + 16) : widen(codes + 16);
-        UNROLL for (int j = 0; j < n; j++) {
-            __m512 p = _mm512_set1_ps(a->weighted[j * 32 + t]);
-            acc[j][0] = _mm512_fmadd_ps(p, v0, acc[j][0]);
-            acc[j][1] = _mm512_fmadd_ps(p, v1, acc[j][1]);
+    const int32_t *weights = a->weights + at * 8;
+    const float *scale = a->weight_scale + at;
+    __m512i dot[COMBINE_QUERIES][2];
+    UNROLL for (int j = 0; j < n; j++) dot[j][0] = dot[j][1] = _mm512_setzero_si512();
+    UNROLL_COLUMNS for (size_t t4 = 0; t4 < 8; t4++) {
+        __m512i v0 = _mm512_maskz_loadu_epi32(mask0, v + t4 * head_dim * 4);
+        __m512i v1 = _mm512_maskz_loadu_epi32(mask1, v + t4 * head_dim * 4 + 64);
+        UNROLL for (int j = 0; j < n; j++) { /* codes of weights are 0 .. 127 */
+            __m512i four = _mm512_set1_epi32(weights[(size_t)j * groups * 8 + t4]);
+            dot[j][0] = _mm512_dpbusd_epi32(dot[j][0], four, v0);
+            dot[j][1] = _mm512_dpbusd_epi32(dot[j][1], four, v1);
         }
     }
-    UNROLL for (int j = 0; j < n; j++) {
-        _mm512_storeu_ps(out + (size_t)j * row, acc[j][0]);
-        _mm512_storeu_ps(out + (size_t)j * row + 16, acc[j][1]);
+    UNROLL for (int j = 0; j < n; j++, out += row) {
+        __m512 factor = _mm512_set1_ps(a->factor[i + j]);
+        __m512 by = _mm512_set1_ps(scale[(size_t)j * groups]);
+        UNROLL for (int half = 0; half < 2; half++) {
+            __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[j][half]), by);
+            float *to = out + 16 * half;
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(to), factor, sum));
+        }
     }
 }
 
-static void combine_page(const attention *a, int32_t n_q, const page_view *page, size_t head_dim,
-                         int32_t low, int32_t high) {
+static void combine_page(const attention *a, int32_t n_q, const page_view *page, size_t head_dim) {
     for (size_t g = 0; g < (size_t)a->groups; g++) {
-        int partial = (g + 1) * FL_GROUP > head_dim;
-        const int8_t *v = partial ? a->v : page->v + g * FL_GROUP;
-        size_t stride = partial ? FL_GROUP : head_dim;
-        const uint16_t *scales = page->v_scales + g * 32;
         int32_t i = 0;
-        for (int32_t t = low; n_q >= COMBINE_QUERIES && t <= high; t++) {
-            _mm512_storeu_ps(a->values + t * FL_GROUP, widen(v + (size_t)t * stride));
-            _mm512_storeu_ps(a->values + t * FL_GROUP + 16, widen(v + (size_t)t * stride + 16));
-        }
         for (; i + COMBINE_QUERIES <= n_q; i += COMBINE_QUERIES) {
-            combine_queries(COMBINE_QUERIES, 1, a, i, g, scales, v, stride, low, high);
+            combine_queries(COMBINE_QUERIES, a, i, g, page, head_dim);
         }
         switch (n_q - i) {
-        case 1: combine_queries(1, 0, a, i, g, scales, v, stride, low, high); break;
-        case 2: combine_queries(2, 0, a, i, g, scales, v, stride, low, high); break;
-        case 3: combine_queries(3, 0, a, i, g, scales, v, stride, low, high); break;
-        case 4: combine_queries(4, 0, a, i, g, scales, v, stride, low, high); break;
-        case 5: combine_queries(5, 0, a, i, g, scales, v, stride, low, high); break;
-        case 6: combine_queries(6, 0, a, i, g, scales, v, stride, low, high); break;
-        case 7: combine_queries(7, 0, a, i, g, scales, v, stride, low, high); break;
+        case 1: combine_queries(1, a, i, g, page, head_dim); break;
+        case 2: combine_queries(2, a, i, g, page, head_dim); break;
+        case 3: combine_queries(3, a, i, g, page, head_dim); break;
+        case 4: combine_queries(4, a, i, g, page, head_dim); break;
+        case 5: combine_queries(5, a, i, g, page, head_dim); break;
+        case 6: combine_queries(6, a, i, g, page, head_dim); break;
+        case 7: combine_queries(7, a, i, g, page, head_dim); break;
         default: break;
         }
     }
@@ -760,8 +779,8 @@ static void attend_page(const attention *a, const fl_kv *kv, int32_t page_index,
     if (kv->head_dim % FL_GROUP) copy_partial_group(a, &page, (size_t)kv->head_dim);
     score_page(a, n_q, &page, kv->head_dim / FL_GROUP);
     for (int32_t i = 0; i < n_q; i++) softmax(a, i, mask[i]);
-    combine_page(a, n_q, &page, (size_t)kv->head_dim, __builtin_ctz(seen),
-                 31 - __builtin_clz(seen));
+    quantize_weights(a, n_q, &page, seen);
+    combine_page(a, n_q, &page, (size_t)kv->head_dim);
 }
 
 static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,

@@ -151,7 +151,8 @@ static void store_kv(const fl_kv *kv, int32_t position, const float *k, const fl
             memcpy(page.k + ((size_t)(c + i) / 4 * 32 + t) * 4, codes + i, 4);
         }
         page.v_scales[(size_t)g * 32 + t] = quantize_half(codes, v + c, n);
-        memcpy(page.v + t * (size_t)kv->head_dim + (size_t)c, codes, (size_t)n);
+        int8_t *v = page.v + (t / 4 * (size_t)kv->head_dim + (size_t)c) * 4 + t % 4;
+        for (int32_t i = 0; i < n; i++) v[4 * i] = codes[i];
     }
 }
 
@@ -173,13 +174,24 @@ static void score_page(float scores[32], const page_view *page, int32_t head_dim
     }
 }
 
-/* out += p * v_t */
-static void add_value(float *out, const page_view *page, int32_t head_dim, int32_t t, float p) {
-    const int8_t *v = page->v + (size_t)t * (size_t)head_dim;
+/* out = out * factor + p V over the tokens [low, high] */
+static void add_values(float *out, float factor, const page_view *page, int32_t head_dim,
+                       const float p[32], int32_t low, int32_t high) {
     for (int32_t c = 0, g = 0; c < head_dim; c += FL_GROUP, g++) {
         int32_t end = head_dim - c < FL_GROUP ? head_dim : c + FL_GROUP;
-        float scale = p * fl_half_to_float(page->v_scales[(size_t)g * 32 + (size_t)t]);
-        for (int32_t i = c; i < end; i++) out[i] = fl_fma(scale, (float)v[i], out[i]);
+        float weights[32] = {0};
+        int8_t codes[32];
+        for (int32_t t = low; t <= high; t++) {
+            weights[t] = p[t] * fl_half_to_float(page->v_scales[g * 32 + t]);
+        }
+        float scale = quantize_group(codes, weights, 32);
+        for (int32_t i = c; i < end; i++) {
+            int32_t dot = 0;
+            for (int32_t t4 = 0; t4 < 8; t4++) {
+                dot += dot4(page->v + (t4 * head_dim + i) * 4, codes + 4 * t4);
+            }
+            out[i] = fl_fma(out[i], factor, (float)dot * scale);
+        }
     }
 }
 
@@ -202,8 +214,7 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
         float scores[32];
         score_page(scores, &page, dim, codes, scales);
         float factor = fl_softmax_page(scores, low, high, &m, lanes);
-        for (int32_t c = 0; c < dim; c++) out[c] *= factor;
-        for (int32_t t = low; t <= high; t++) add_value(out, &page, dim, t, scores[t]);
+        add_values(out, factor, &page, dim, scores, low, high);
     }
     float sum = fl_fold(lanes);
     for (int32_t c = 0; c < dim; c++) out[c] /= sum;

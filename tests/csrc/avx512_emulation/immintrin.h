@@ -132,6 +132,14 @@ FL_EMU __m512 emulate_maskz_loadu_ps(__mmask16 mask, const float *from) {
     return emulate_loadu_ps(lanes);
 }
 
+FL_EMU __m512i emulate_maskz_loadu_epi32(__mmask16 mask, const void *from) {
+    char bytes[64] = {0};
+    for (int i = 0; i < 16; i++) {
+        if (mask >> i & 1) memcpy(bytes + 4 * i, (const char *)from + 4 * i, 4);
+    }
+    return emulate_loadu_si512(bytes);
+}
+
 FL_EMU void emulate_mask_storeu_ps(float *to, __mmask16 mask, __m512 a) {
     float lanes[16];
     memcpy(lanes, &a, sizeof a);
@@ -278,6 +286,7 @@ FL_EMU __m128i emulate_cvtsepi32_epi8(__m512i a) {
 #define _mm512_loadu_si512 emulate_loadu_si512
 #define _mm512_mask_max_ps emulate_mask_max_ps
 #define _mm512_mask_storeu_ps emulate_mask_storeu_ps
+#define _mm512_maskz_loadu_epi32 emulate_maskz_loadu_epi32
 #define _mm512_maskz_loadu_ps emulate_maskz_loadu_ps
 #define _mm512_maskz_mov_ps emulate_maskz_mov_ps
 #define _mm512_max_ps emulate_max_ps
