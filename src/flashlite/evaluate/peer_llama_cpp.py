@@ -112,5 +112,5 @@ class Model:
 
     def _logits_argmax(self, row: int) -> int:
         logits = llama.llama_get_logits_ith(self._context, row)  # waits for the computation
-        row = (ctypes.c_float * self._vocab_size).from_address(ctypes.addressof(logits.contents))
-        return int(np.argmax(np.frombuffer(row, np.float32)))
+        values = (ctypes.c_float * self._vocab_size).from_address(ctypes.addressof(logits.contents))
+        return int(np.argmax(np.frombuffer(values, np.float32)))

@@ -64,13 +64,16 @@ def build_llama_cpp(
     On a CPU with AMX a gcc build crashes in `ggml_backend_amx_mul_mat`: its tile configuration is
     left uninitialised (https://github.com/ggml-org/llama.cpp/issues/20824). clang's works. Both
     ways out were measured in one run, medians of three rounds, two threads of a Xeon with AMX,
-    clang 14 with AMX against gcc 12 without it, tokens/s:
+    tokens/s:
 
-        SmolLM2-135M   prefill 512 352 | 350   2,048 306 | 283   decode @16 104 | 108   @1024 42 | 42
-        Gemma-3-270M   prefill 512 729 | 679   2,048 663 | 603   decode @16  53 |  51   @1024 48 | 47
+                                      prefill 512  prefill 2,048  decode @16  decode @1,024
+        SmolLM2-135M  clang 14, AMX           352            306         104             42
+                      gcc 12, no AMX          350            283         108             42
+        Gemma-3-270M  clang 14, AMX           729            663          53             48
+                      gcc 12, no AMX          679            603          51             47
 
-    So clang is taken where there is one (without OpenMP, which it mostly comes without: ggml's own
-    threads then), else the system's compiler without AMX.
+    So clang is taken where there is one (and ggml's own threads, since OpenMP mostly lacks there),
+    else the system's compiler without AMX.
     """
     arguments = ["-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF"]
     try:
