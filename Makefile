@@ -19,7 +19,7 @@ CC_FOUND := $(shell command -v cc || command -v gcc || command -v clang)
 COMPILER := $(if $(CC_FOUND),,.venv/.compiler)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench accept fixtures constraints dist clean
+.PHONY: help run test lint format bench plots accept fixtures constraints dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | \
@@ -50,8 +50,11 @@ format: .venv/.dev ## rewrite the sources the way `lint` wants them
 	@$(BIN)/ruff format
 	@$(BIN)/clang-format -i $(wildcard src/flashlite/csrc/*.[ch])
 
-bench: .venv/.run $(COMPILER) ## speed and memory, against llama.cpp and OpenVINO in the same run
-	@$(BIN)/flashlite bench $(MODEL) --peers llama.cpp,openvino
+bench: .venv/.bench $(COMPILER) ## every benchmark beside llama.cpp and OpenVINO, in one table (an hour)
+	@$(BIN)/python benchmarks/table.py --run $(if $(ROUNDS),--rounds $(ROUNDS))
+
+plots: .venv/.bench ## draw docs/*.png from what `make bench` measured
+	@$(BIN)/python benchmarks/plot.py
 
 fixtures: .venv/.oracle ## write the small generated test files anew
 	@set -e; for script in benchmarks/fixtures/make_*.py; do $(BIN)/python $$script; done
@@ -89,6 +92,11 @@ clean: ## remove everything make made here (pulled models and builds in your hom
 	@echo "installing the reference implementations and zig into .venv"
 	@$(PIP) -e '.[serve,dev,oracle,compiler]'
 	@touch $@
+
+.venv/.bench: $(PINS) | .venv/bin/python
+	@echo "installing flashlite and what draws its plots into .venv"
+	@$(PIP) -e '.[serve,bench]'
+	@touch $@ .venv/.run
 
 .venv/.compiler: $(PINS) | .venv/bin/python
 	@echo "no C compiler found: installing one into .venv"

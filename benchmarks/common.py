@@ -29,8 +29,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 from flashlite.artifact.format import Artifact  # noqa: E402
+from flashlite.codegen.target import ISAS, host_isa  # noqa: E402
 from flashlite.evaluate import machine  # noqa: E402
-from flashlite.evaluate.peers import find_peers, peer_python  # noqa: E402
+from flashlite.evaluate.peers import PEERS, find_peers, peer_python  # noqa: E402
 from flashlite.evaluate.process import our_command, peer_command  # noqa: E402
 from flashlite.evaluate.speed import Contender, Figures  # noqa: E402
 
@@ -44,6 +45,7 @@ __all__ = [
     "Row",
     "arguments",
     "contenders",
+    "describe",
     "document",
     "finish",
     "format_rows",
@@ -54,6 +56,7 @@ __all__ = [
     "own_prefixes",
     "progress",
     "ready_artifact",
+    "row_from_json",
     "rows_of",
     "speed_row",
 ]
@@ -120,18 +123,25 @@ def speed_row(
     return Row(measure, unit, ours, peers, against, ours / theirs, gate)
 
 
-def make_parser(about: str | None, *, peers: str | None = None) -> argparse.ArgumentParser:
+def make_parser(
+    about: str | None, *, peers: str | None = None, rounds: int = 5
+) -> argparse.ArgumentParser:
     """The command line that benchmarks share.
 
     Args:
         about: the script's docstring, shown by --help.
         peers: the default of --peers; None: the question has no peers.
+        rounds: the default of --rounds.
     """
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--rounds", type=_positive, default=5, metavar="N", help="times each, in turns [default: 5]"
+        "--rounds",
+        type=_positive,
+        default=rounds,
+        metavar="N",
+        help=f"times each, in turns [default: {rounds}]",
     )
     parser.add_argument(
         "--threads", type=_positive, default=2, metavar="N", help="of each engine [default: 2]"
@@ -145,7 +155,7 @@ def make_parser(about: str | None, *, peers: str | None = None) -> argparse.Argu
         )
     parser.add_argument(
         "--isa",
-        choices=("avx512", "avx2", "plain"),
+        choices=[isa for isa in ISAS if isa != "fp32"],
         help="run ours on an older instruction set; peers keep theirs [default: the best]",
     )
     return parser
@@ -157,7 +167,7 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if options.isa:
         os.environ["FLASHLITE_ISA"] = options.isa
     load = machine.describe_machine()["load"] or 0
-    if load > BUSY:
+    if load > BUSY and not getattr(options, "child", None):
         note(f"the machine is busy (load {load}): figures will be doubtful")
     return options
 
@@ -241,8 +251,6 @@ def document(
         name: of the script.
         more: what else is worth keeping, such as `samples` and `curves`.
     """
-    from flashlite.codegen.target import host_isa
-
     return {
         "benchmark": name,
         "commit": machine.commit(),
@@ -264,6 +272,15 @@ def finish(name: str, options: argparse.Namespace, rows: Sequence[Row], **more: 
     print(json.dumps(data), flush=True)
 
 
+def describe(data: Mapping[str, Any]) -> str:
+    """What a `document` was measured on, in words."""
+    place = data["machine"]
+    return (
+        f"{place['cpu']}, {place['threads']} threads, {place['isa']}, "
+        f"commit {data['commit'] or 'unknown'}"
+    )
+
+
 def row_from_json(data: Mapping[str, Any]) -> Row:
     """A row as `document` wrote it."""
     fields = {name: value for name, value in data.items() if name != "held"}
@@ -272,11 +289,18 @@ def row_from_json(data: Mapping[str, Any]) -> Row:
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """One table: measure, ours, peers, ratio, gate, aim, held."""
-    names = list(dict.fromkeys(name for row in rows for name in row.peers))
+    """One table: measure, ours, peers, ratio, gate, aim, held.
+
+    What a row is compared with and is no peer (itself without a technique, a limit of the machine)
+    stands in one column, `beside`.
+    """
+    found = dict.fromkeys(name for row in rows for name in row.peers)
+    engines = [name for name in PEERS if name in found]
+    names = [*engines, *(["beside"] if set(found) - set(engines) else [])]
     lines = [["measure", "unit", OURS, *names, "ratio", "gate", "aim", "held"]]
     for row in rows:
-        peers = [_figure(row.peers.get(name)) for name in names]
+        beside = next((value for name, value in row.peers.items() if name not in PEERS), None)
+        peers = [_figure(beside if name == "beside" else row.peers.get(name)) for name in names]
         gate, aim = _gate_texts(row)
         held = {None: "", True: "yes", False: "NO"}[row.held]
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}x {row.against}"

@@ -212,12 +212,13 @@ def attend_time(kernels: h.Kernels, queries: int, seconds: float) -> float:
     return best_time(work, 1, seconds) / 20 * 1e6
 
 
-def measure(name: str, directory: Path, options: Any, formats: list[str]) -> dict[str, float]:
+def measure(
+    kernels: h.Kernels, directory: Path, options: Any, formats: list[str]
+) -> dict[str, float]:
     """Every figure of one table, once."""
-    kernels, figures = h.build(name, directory), dict[str, float]()
-    seconds = options.seconds
+    figures, seconds = dict[str, float](), options.seconds
     for threads in sorted({1, options.threads}):
-        if name == VNNI_TABLE:
+        if kernels.name == VNNI_TABLE:
             figures[f"vnni_peak_gmac_s@{threads}"] = peak_rate(directory, threads, seconds)
         for format in formats:
             weights = random_packed(np.random.default_rng(0), format, ROWS, 576)
@@ -259,8 +260,7 @@ def share_rows(figures: dict[str, list[float]], formats: list[str], threads: int
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__)
-    parser.set_defaults(rounds=1)
+    parser = common.make_parser(__doc__, rounds=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="per figure [default: 1]")
     tables = ",".join(n for n, t in h.TABLES.items() if not t.fp32)
     parser.add_argument("--tables", default=tables, metavar="NAMES", help=f"[default: {tables}]")
@@ -276,9 +276,9 @@ def main() -> None:
             if reason := h.missing(h.TABLES[name]):
                 common.note(f"{name}: skipped, {reason}")
                 continue
-            taken = results.setdefault(name, {})
+            taken, kernels = results.setdefault(name, {}), h.build(name, Path(folder))
             for _ in range(options.rounds):
-                for what, value in measure(name, Path(folder), options, chosen).items():
+                for what, value in measure(kernels, Path(folder), options, chosen).items():
                     taken.setdefault(what, []).append(value)
             for what, values in taken.items():
                 print(f"{name:14} {what:28} {common.median(values):9.1f}", flush=True)

@@ -100,6 +100,8 @@ def cold_ours(text: str, threads: int) -> float:
     with subprocess.Popen([*words, "--threads", str(threads)], stdout=subprocess.PIPE) as process:
         first = process.stdout.read(1) if process.stdout else b""
         seconds = time.perf_counter() - start
+        if process.stdout:
+            process.stdout.read()  # let it end by itself
     if not first or process.returncode:
         raise SystemExit(f"flashlite run ended with {process.returncode} before its first token")
     return seconds
