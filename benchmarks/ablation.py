@@ -79,6 +79,11 @@ class Bench:
         fixed = {"threads": self.threads, "max_sequence_length": 4096}
         return self.stack.enter_context(load(SMOLLM2, **fixed | settings))  # type: ignore[arg-type]
 
+    def endless(self, n: int) -> SamplingParams:
+        """Greedy answers of exactly `n` tokens: none ends them before."""
+        ends = dict.fromkeys(self.artifact.tokens.eos, -100.0)
+        return SamplingParams(max_tokens=n, temperature=0, logit_bias=ends)
+
     def engine(
         self,
         isa: str | None = None,
@@ -147,7 +152,7 @@ def speculation(bench: Bench) -> list[Pair]:
     ids = with_drafts.tokenizer.encode_prompt(text * 6)
 
     def rate(model: Model) -> float:
-        generation = model.submit(ids, SamplingParams(max_tokens=128, temperature=0))
+        generation = model.submit(ids, bench.endless(128))
         return summarize(generation, list(model.follow(generation))).tokens_per_second
 
     measure = "speculation: answering a repetitive text"
@@ -161,7 +166,7 @@ def prefix(bench: Bench) -> list[Pair]:
 
     def rate(model: Model) -> float:
         prompt = [*beginning, *bench.prompt(16)]
-        generation = model.submit(prompt, SamplingParams(max_tokens=1))
+        generation = model.submit(prompt, bench.endless(1))
         return (
             len(prompt) / summarize(generation, list(model.follow(generation))).time_to_first_token
         )
@@ -225,20 +230,17 @@ def chunks(bench: Bench) -> list[Pair]:
 
     def rate(n: int) -> float:
         with chunk_of(n):
-            answer = model.submit(bench.prompt(16), SamplingParams(max_tokens=1024, min_p=1))
+            answer = model.submit(bench.prompt(16), bench.endless(1024))
             while len(answer.generated) < 4:
                 model.scheduler.step()
-            if answer.finish_reason is not None:
-                return rate(n)  # it ended by itself: another one
-            prompt = model.submit(bench.prompt(2048), SamplingParams(max_tokens=1))
+            prompt = model.submit(bench.prompt(2048), bench.endless(1))
             before, begun = len(answer.generated), time.perf_counter()
             while prompt.finish_reason is None:
                 model.scheduler.step()
             seconds = time.perf_counter() - begun
             written = len(answer.generated) - before
-            ended = answer.finish_reason is not None
             model.scheduler.cancel(answer)
-            return rate(n) if ended else written / seconds
+            return written / seconds
 
     return [
         Pair(

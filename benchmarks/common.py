@@ -124,7 +124,7 @@ def speed_row(
 
 
 def make_parser(
-    about: str | None, *, peers: str | None = None, rounds: int = 5
+    about: str | None, *, peers: str | None = None, rounds: int = 5, isa: bool = True
 ) -> argparse.ArgumentParser:
     """The command line that benchmarks share.
 
@@ -132,6 +132,7 @@ def make_parser(
         about: the script's docstring, shown by --help.
         peers: the default of --peers; None: the question has no peers.
         rounds: the default of --rounds.
+        isa: whether --isa makes sense.
     """
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,18 +154,19 @@ def make_parser(
             metavar="NAMES",
             help=f"measured beside, installed on first use; '' for none [default: {peers}]",
         )
-    parser.add_argument(
-        "--isa",
-        choices=[isa for isa in ISAS if isa != "fp32"],
-        help="run ours on an older instruction set; peers keep theirs [default: the best]",
-    )
+    if isa:
+        parser.add_argument(
+            "--isa",
+            choices=[name for name in ISAS if name != "fp32"],
+            help="run ours on an older instruction set; peers keep theirs [default: the best]",
+        )
     return parser
 
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The parsed command line; --isa is handed on to every process of ours."""
     options = parser.parse_args()
-    if options.isa:
+    if getattr(options, "isa", None):
         os.environ["FLASHLITE_ISA"] = options.isa
     load = machine.describe_machine()["load"] or 0
     if load > BUSY and not getattr(options, "child", None):

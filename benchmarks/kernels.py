@@ -260,7 +260,7 @@ def share_rows(figures: dict[str, list[float]], formats: list[str], threads: int
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__, rounds=1)
+    parser = common.make_parser(__doc__, rounds=1, isa=False)
     parser.add_argument("--seconds", type=float, default=1.0, help="per figure [default: 1]")
     tables = ",".join(n for n, t in h.TABLES.items() if not t.fp32)
     parser.add_argument("--tables", default=tables, metavar="NAMES", help=f"[default: {tables}]")

@@ -29,6 +29,7 @@ __all__ = ["draw_concurrency", "draw_context", "main"]
 
 # Colours that stay apart for the colour-blind (Okabe and Ito); marks, so that grey print does too.
 STYLES = {OURS: ("#D55E00", "o"), "llama.cpp": ("#0072B2", "s"), "openvino": ("#009E73", "^")}
+LABELS = {"openvino": "OpenVINO"}
 
 
 def draw_context(data: Mapping[str, Any]) -> Figure:
@@ -40,7 +41,7 @@ def draw_context(data: Mapping[str, Any]) -> Figure:
         _draw(axis, data["curves"][kind], "tokens")
         axis.set(title=title, xlabel="context (tokens)", ylabel="tokens per second")
     figure.suptitle("SmolLM2-135M, the same Q4_1 weights: speed against context length")
-    return _finished(figure, axes[0], data)
+    return _finished(figure, axes[1], data)
 
 
 def draw_concurrency(data: Mapping[str, Any]) -> Figure:
@@ -56,7 +57,14 @@ def _draw(axis: Axes, curves: Mapping[str, Mapping[str, Sequence[float]]], x: st
     for name, curve in curves.items():
         colour, mark = STYLES.get(name, ("#555555", "x"))
         width = 2.4 if name == OURS else 1.6
-        axis.plot(curve[x], curve["tok_s"], color=colour, marker=mark, linewidth=width, label=name)
+        axis.plot(
+            curve[x],
+            curve["tok_s"],
+            color=colour,
+            marker=mark,
+            linewidth=width,
+            label=LABELS.get(name, name),
+        )
     ticks = sorted({place for curve in curves.values() for place in curve[x]})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{place:,.0f}" for place in ticks])
@@ -69,7 +77,7 @@ def _draw(axis: Axes, curves: Mapping[str, Mapping[str, Sequence[float]]], x: st
 
 def _finished(figure: Figure, legend_on: Axes, data: Mapping[str, Any]) -> Figure:
     legend_on.legend(frameon=False)
-    caption = f"{common.describe(data)}; median of {data['rounds']}"
+    caption = f"{common.describe(data)}; median of {data['rounds']} rounds"
     figure.supxlabel(caption, fontsize=7.5, color="#555555")
     return figure
 

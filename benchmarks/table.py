@@ -3,6 +3,7 @@
     python benchmarks/table.py                    # what was measured last
     python benchmarks/table.py --run              # measure everything first (half an hour or more)
     python benchmarks/table.py --run speed start --rounds 9
+    FLASHLITE_ISA=avx2 python benchmarks/table.py --run     # ours on an older instruction set
 
 Results are kept as benchmarks/results/NAME.json, one line as the script printed it. The exit code
 is 1 when a benchmark failed, or, with --strict, when a gate is not held.

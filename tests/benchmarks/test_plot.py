@@ -44,7 +44,7 @@ def test_labels_name_units_machine_and_commit() -> None:
     assert "sequences" in axis.get_xlabel()
     assert axis.get_legend_handles_labels()[1] == ["flashlite", "llama.cpp"]
     assert axis.get_legend() is not None
-    assert figure.get_supxlabel() == "Abacus, 2 threads, avx2, commit abc; median of 5"
+    assert figure.get_supxlabel() == "Abacus, 2 threads, avx2, commit abc; median of 5 rounds"
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "16"]
     pyplot.close(figure)
 
