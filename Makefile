@@ -42,7 +42,7 @@ accept: .venv/.oracle $(COMPILER) ## slow checks against peers and larger models
 lint: .venv/.dev ## what continuous integration checks before the tests
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@$(BIN)/mypy src tests
+	@$(BIN)/mypy src tests benchmarks
 	@$(BIN)/clang-format --dry-run -Werror $(wildcard src/flashlite/csrc/*.[ch])
 
 format: .venv/.dev ## rewrite the sources the way `lint` wants them

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from contextlib import ExitStack
+from dataclasses import replace
 
 import common
 from common import OURS, SMOLLM2, Gate, Row
@@ -60,20 +61,16 @@ def main() -> None:
         for name, taken in samples.items()
     }
     ours = medians[OURS]
-    rows = [
-        Row(
-            f"{n} decoding together" if n > 1 else "1 decoding alone",
-            "tok/s",
-            ours[n],
-            {name: of[n] for name, of in medians.items() if name != OURS},
-            **(
-                {"against": "one", "ratio": ours[n] / ours[1], "gate": GATE if n == 16 else None}
-                if n > 1 and 1 in ours
-                else {}
-            ),
+    rows = []
+    for n in counts:
+        peers = {name: of[n] for name, of in medians.items() if name != OURS}
+        row = Row(
+            f"{n} decoding together" if n > 1 else "1 decoding alone", "tok/s", ours[n], peers
         )
-        for n in counts
-    ]
+        if n > 1 and 1 in ours:
+            gate = GATE if n == 16 else None
+            row = replace(row, against="one", ratio=ours[n] / ours[1], gate=gate)
+        rows.append(row)
     curves = {
         name: {"together": list(of), "tok_s": list(of.values())} for name, of in medians.items()
     }

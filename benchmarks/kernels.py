@@ -222,11 +222,11 @@ def measure(
             figures[f"vnni_peak_gmac_s@{threads}"] = peak_rate(directory, threads, seconds)
         for format in formats:
             weights = random_packed(np.random.default_rng(0), format, ROWS, 576)
-            for rate, value in (
+            for what, value in (
                 (f"read_{format}", read_rate(directory, weights.nbytes, threads, seconds)),
                 (f"gemv_{format}", gemv_rate(kernels, weights, threads, seconds)),
             ):
-                figures[f"{rate}_gb_s@{threads}"] = value
+                figures[f"{what}_gb_s@{threads}"] = value
             for tokens in (3, 6, TOKENS):
                 rate = gemm_rate(kernels, format, tokens, threads, seconds)
                 figures[f"gemm_{format}_n{tokens}_gmac_s@{threads}"] = rate

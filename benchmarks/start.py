@@ -97,13 +97,13 @@ def cold_ours(text: str, threads: int) -> float:
     """Seconds from the start of `flashlite run` to the first byte it writes."""
     words = [sys.executable, "-m", "flashlite", "run", SMOLLM2, "-p", text, "--max-tokens", "4"]
     start = time.perf_counter()
-    with subprocess.Popen([*words, "--threads", str(threads)], stdout=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*words, "--threads", str(threads)], stdout=pipe, stderr=pipe) as process:
         first = process.stdout.read(1) if process.stdout else b""
         seconds = time.perf_counter() - start
-        if process.stdout:
-            process.stdout.read()  # let it end by itself
+        _, said = process.communicate()  # let it end by itself
     if not first or process.returncode:
-        raise SystemExit(f"flashlite run ended with {process.returncode} before its first token")
+        raise SystemExit(f"flashlite run ended with {process.returncode}: {said.decode()}")
     return seconds
 
 
