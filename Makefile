@@ -19,7 +19,7 @@ CC_FOUND := $(shell command -v cc || command -v gcc || command -v clang)
 COMPILER := $(if $(CC_FOUND),,.venv/.compiler)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench accept fixtures constraints dist clean
+.PHONY: help run test lint format bench plots accept fixtures constraints dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | \
@@ -42,7 +42,7 @@ accept: .venv/.oracle $(COMPILER) ## slow checks against peers and larger models
 lint: .venv/.dev ## what continuous integration checks before the tests
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@$(BIN)/mypy src tests
+	@$(BIN)/mypy src tests benchmarks
 	@$(BIN)/clang-format --dry-run -Werror $(wildcard src/flashlite/csrc/*.[ch])
 
 format: .venv/.dev ## rewrite the sources the way `lint` wants them
@@ -50,8 +50,11 @@ format: .venv/.dev ## rewrite the sources the way `lint` wants them
 	@$(BIN)/ruff format
 	@$(BIN)/clang-format -i $(wildcard src/flashlite/csrc/*.[ch])
 
-bench: .venv/.run $(COMPILER) ## speed and memory, against llama.cpp and OpenVINO in the same run
-	@$(BIN)/flashlite bench $(MODEL) --peers llama.cpp,openvino
+bench: .venv/.bench $(COMPILER) ## every benchmark beside llama.cpp and OpenVINO, in one table (an hour)
+	@$(BIN)/python benchmarks/table.py --run $(if $(ROUNDS),--rounds $(ROUNDS))
+
+plots: .venv/.bench ## draw docs/*.png from what `make bench` measured
+	@$(BIN)/python benchmarks/plot.py
 
 fixtures: .venv/.oracle ## write the small generated test files anew
 	@set -e; for script in benchmarks/fixtures/make_*.py; do $(BIN)/python $$script; done
@@ -82,13 +85,18 @@ clean: ## remove everything make made here (pulled models and builds in your hom
 
 .venv/.dev: $(PINS) | .venv/bin/python
 	@echo "installing flashlite and its development tools into .venv"
-	@$(PIP) -e '.[serve,dev]'
+	@$(PIP) -e '.[serve,dev,bench]'
 	@touch $@ .venv/.run
 
 .venv/.oracle: $(PINS) | .venv/.dev
 	@echo "installing the reference implementations and zig into .venv"
-	@$(PIP) -e '.[serve,dev,oracle,compiler]'
+	@$(PIP) -e '.[serve,dev,bench,oracle,compiler]'
 	@touch $@
+
+.venv/.bench: $(PINS) | .venv/bin/python
+	@echo "installing flashlite and what draws its plots into .venv"
+	@$(PIP) -e '.[serve,bench]'
+	@touch $@ .venv/.run
 
 .venv/.compiler: $(PINS) | .venv/bin/python
 	@echo "no C compiler found: installing one into .venv"

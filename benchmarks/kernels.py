@@ -1,17 +1,23 @@
-"""Speed of the kernel tables of this machine, on the shapes of SmolLM2-135M.
+"""How near the kernels come to what this machine can do, on the shapes of SmolLM2-135M.
 
-    python benchmarks/kernels.py [--threads 2] [--seconds 1] [--tables avx2,plain-native]
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py --tables avx2,plain-native --formats q4m --seconds 0.5
 
-Prints, per table, the GB/s at which gemv (decode) reads weights that do not fit the caches, beside
-the rate of a bare read in the same run, and the GMAC/s of gemm (prefill) with 512 tokens. Each
-figure is the best of many short runs. The last line is one JSON object.
+Two limits are measured in the same run, with the same threads:
+
+  read bandwidth  a bare sum over as many bytes as the weights have; gemv (decoding) is held to 85 %
+  VNNI peak       a loop of independent vpdpbusd on registers alone; gemm (prefill) of 512 tokens is
+                  held to 75 %
+
+The shares are printed for the AVX-512 table; all tables are printed with their GB/s and GMAC/s.
+Each figure is the best of many short runs within --seconds, of which --rounds are taken (the median
+counts). Gates hold with --threads threads; the figures of one thread are printed beside.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
+import itertools
 import sys
 import tempfile
 import threading
@@ -22,14 +28,18 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "csrc"))
-import itertools
+import common
+from common import Gate, Row
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "csrc"))
 import kernel_harness as h
 
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)]  # qkv, out, gate and up, down
 TOKENS = 512
 HEAD_DIM, QUERIES, CONTEXT = 64, 3, 1024
+ROWS = 320 * 1024  # of the matrix that gemv reads: more than 100 MB in every format
+VNNI_TABLE = "avx512"
+GATES = {"gemv": Gate(0.85), "gemm": Gate(0.75)}
 READ = """
 #include <stddef.h>
 #include <stdint.h>
@@ -40,10 +50,31 @@ uint64_t read_all(const uint64_t *p, size_t n) {
     return s[0];
 }
 """
+# 16 sums that do not wait for each other, more than the latency of vpdpbusd times its units; 64
+# multiply-accumulates each. In assembler, since compilers move intrinsics through the stack here.
+SUMS = 16
+_DOTS = "".join(f'"vpdpbusd %%zmm31, %%zmm30, %%zmm{i}\\n"' for i in range(SUMS))
+_CLOBBERED = ", ".join(f'"zmm{i}"' for i in range(SUMS))
+PEAK = f"""
+void peak(long rounds) {{
+    while (rounds--) __asm__ volatile({_DOTS} : : : {_CLOBBERED});
+}}
+"""
+SPAN = 0.01  # seconds
+PEAK_ROUNDS = 200_000
+PEAK_MACS = PEAK_ROUNDS * SUMS * 64
 
 
 def best_time(work: Callable[[int], object], threads: int, seconds: float) -> float:
-    """Seconds of the fastest round of `work(thread)` on all threads at once."""
+    """Seconds of the fastest round of `work(thread)` on all threads at once.
+
+    A round repeats the work for at least `SPAN`, beside which the moments that threads need to
+    start together are short.
+    """
+    work(0)
+    begun = time.perf_counter()
+    work(0)
+    repeats = 1 + int(SPAN / max(time.perf_counter() - begun, 1e-7))
     best, end = float("inf"), time.perf_counter() + seconds
     barrier = threading.Barrier(threads)
     spans = [(0.0, 0.0)] * threads
@@ -54,7 +85,8 @@ def best_time(work: Callable[[int], object], threads: int, seconds: float) -> fl
         while running:
             barrier.wait()
             start = time.perf_counter()
-            work(thread)
+            for _ in range(repeats):
+                work(thread)
             spans[thread] = start, time.perf_counter()
             if barrier.wait() == 0:
                 best = min(best, max(b for _, b in spans) - min(a for a, _ in spans))
@@ -66,7 +98,7 @@ def best_time(work: Callable[[int], object], threads: int, seconds: float) -> fl
         thread.start()
     for thread in pool:
         thread.join()
-    return best
+    return best / repeats
 
 
 def random_packed(rng: np.random.Generator, format: str, rows: int, cols: int) -> h.Linear:
@@ -84,16 +116,27 @@ def random_packed(rng: np.random.Generator, format: str, rows: int, cols: int) -
     return h.Linear(format, none, halves[0], halves[1], (codes, *halves))
 
 
-def read_rate(directory: Path, threads: int, seconds: float) -> float:
-    """GB/s of a bare sum over 128 MB per thread."""
+def read_rate(directory: Path, nbytes: int, threads: int, seconds: float) -> float:
+    """GB/s of a bare sum over `nbytes`, shared out among the threads."""
     library = directory / "read.so"
     if not library.exists():
         h.compile_c([], library, ["-march=native", "-fPIC", "-shared"], text=READ)
     read = ctypes.CDLL(str(library)).read_all
     read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint64
-    data = [np.ones(16 << 20, np.uint64) for _ in range(threads)]
+    data = [np.ones(nbytes // 8 // threads, np.uint64) for _ in range(threads)]
     best = best_time(lambda i: read(data[i].ctypes.data, data[i].size), threads, seconds)
     return sum(a.nbytes for a in data) / best / 1e9
+
+
+def peak_rate(directory: Path, threads: int, seconds: float) -> float:
+    """GMAC/s of vpdpbusd with nothing else in its way."""
+    library = directory / "peak.so"
+    if not library.exists():
+        h.compile_c([], library, ["-mavx512vnni", "-mavx512f", "-fPIC", "-shared"], text=PEAK)
+    peak = ctypes.CDLL(str(library)).peak
+    peak.argtypes, peak.restype = (ctypes.c_long,), None
+    best = best_time(lambda _: peak(PEAK_ROUNDS), threads, seconds)
+    return threads * PEAK_MACS / best / 1e9
 
 
 def shares(blocks: int, threads: int) -> list[tuple[int, int]]:
@@ -101,10 +144,9 @@ def shares(blocks: int, threads: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def gemv_rate(kernels: h.Kernels, format: str, threads: int, seconds: float) -> float:
+def gemv_rate(kernels: h.Kernels, w: h.Linear, threads: int, seconds: float) -> float:
     """GB/s of packed weights."""
     rng = np.random.default_rng(0)
-    w = random_packed(rng, format, 160 * 1024, 576)
     act = kernels.quantize(rng.normal(0, 1, (1, 576)).astype(np.float32))
     c_w, c_act, parts = w.c(), act.c(), shares(w.blocks, threads)
     y = [h.aligned((b - a) * h.BLOCK_ROWS, np.float32) for a, b in parts]
@@ -170,37 +212,79 @@ def attend_time(kernels: h.Kernels, queries: int, seconds: float) -> float:
     return best_time(work, 1, seconds) / 20 * 1e6
 
 
+def measure(
+    kernels: h.Kernels, directory: Path, options: Any, formats: list[str]
+) -> dict[str, float]:
+    """Every figure of one table, once."""
+    figures, seconds = dict[str, float](), options.seconds
+    for threads in sorted({1, options.threads}):
+        if kernels.name == VNNI_TABLE:
+            figures[f"vnni_peak_gmac_s@{threads}"] = peak_rate(directory, threads, seconds)
+        for format in formats:
+            weights = random_packed(np.random.default_rng(0), format, ROWS, 576)
+            for what, value in (
+                (f"read_{format}", read_rate(directory, weights.nbytes, threads, seconds)),
+                (f"gemv_{format}", gemv_rate(kernels, weights, threads, seconds)),
+            ):
+                figures[f"{what}_gb_s@{threads}"] = value
+            for tokens in (3, 6, TOKENS):
+                rate = gemm_rate(kernels, format, tokens, threads, seconds)
+                figures[f"gemm_{format}_n{tokens}_gmac_s@{threads}"] = rate
+    for queries in (QUERIES, 30):
+        figures[f"attend_{queries}x{CONTEXT}_us"] = attend_time(kernels, queries, seconds)
+    return figures
+
+
+def share_rows(figures: dict[str, list[float]], formats: list[str], threads: int) -> list[Row]:
+    """What gemv and gemm reach of the machine's limits; median of the rounds' shares."""
+    rows = []
+    for n in sorted({1, threads}):
+        for format in formats:
+            for kernel, limit, unit, mine in (
+                ("gemv", f"read_{format}_gb_s@{n}", "GB/s", f"gemv_{format}_gb_s@{n}"),
+                ("gemm", f"vnni_peak_gmac_s@{n}", "GMAC/s", f"gemm_{format}_n{TOKENS}_gmac_s@{n}"),
+            ):
+                pairs = list(zip(figures[mine], figures[limit], strict=True))
+                rows.append(
+                    Row(
+                        f"{kernel} {format}, {n} thread{'s' * (n > 1)}",
+                        unit,
+                        common.median(figures[mine]),
+                        {"limit": common.median(figures[limit])},
+                        "read bandwidth" if kernel == "gemv" else "VNNI peak",
+                        common.median([ours / most for ours, most in pairs]),
+                        GATES[kernel] if n == threads else None,
+                    )
+                )
+    return rows
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--tables", default=",".join(n for n, t in h.TABLES.items() if not t.fp32))
-    parser.add_argument("--formats", default=",".join(h.FORMATS))
-    options = parser.parse_args()
-    results: dict[str, Any] = {}
+    parser = common.make_parser(__doc__, rounds=1, isa=False)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per figure [default: 1]")
+    tables = ",".join(n for n, t in h.TABLES.items() if not t.fp32)
+    parser.add_argument("--tables", default=tables, metavar="NAMES", help=f"[default: {tables}]")
+    formats = ",".join(h.FORMATS)
+    parser.add_argument("--formats", default=formats, metavar="NAMES", help=f"[default: {formats}]")
+    options = common.arguments(parser)
+    chosen = options.formats.split(",")
+    results: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder)
         for name in options.tables.split(","):
-            reason = h.missing(h.TABLES[name])
-            if reason:
-                print(f"{name}: skipped, {reason}")
+            if name not in h.TABLES:
+                parser.error(f"table {name!r} is unknown; known are {tables}")
+            if reason := h.missing(h.TABLES[name]):
+                common.note(f"{name}: skipped, {reason}")
                 continue
-            kernels = h.build(name, directory)
-            figures = results[name] = {}
-            for threads in sorted({1, options.threads}):
-                figures[f"read_gb_s@{threads}"] = read_rate(directory, threads, options.seconds)
-                for format in options.formats.split(","):
-                    rate = gemv_rate(kernels, format, threads, options.seconds)
-                    figures[f"gemv_{format}_gb_s@{threads}"] = rate
-                    for tokens in (3, 6, TOKENS):
-                        rate = gemm_rate(kernels, format, tokens, threads, options.seconds)
-                        figures[f"gemm_{format}_n{tokens}_gmac_s@{threads}"] = rate
-            for queries in (QUERIES, 30):
-                time_us = attend_time(kernels, queries, options.seconds)
-                figures[f"attend_{queries}x{CONTEXT}_us"] = time_us
-            for measure, value in figures.items():
-                print(f"{name:14} {measure:28} {value:9.1f}", flush=True)
-    print(json.dumps({"kernels": results}))
+            taken, kernels = results.setdefault(name, {}), h.build(name, Path(folder))
+            for _ in range(options.rounds):
+                for what, value in measure(kernels, Path(folder), options, chosen).items():
+                    taken.setdefault(what, []).append(value)
+            for what, values in taken.items():
+                print(f"{name:14} {what:28} {common.median(values):9.1f}", flush=True)
+    best = results.get(VNNI_TABLE)
+    rows = share_rows(best, chosen, options.threads) if best else []
+    common.finish("kernels", options, rows, kernels=results)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from flashlite.errors import EvaluateError, UsageError
 from flashlite.evaluate import peers as peers_module
 from flashlite.evaluate import worker
 from flashlite.evaluate.machine import describe_machine
-from flashlite.evaluate.peers import PEERS, Peer, find_peers, peer_python
+from flashlite.evaluate.peers import PEERS, Peer, build_llama_cpp, find_peers, peer_python
 from flashlite.evaluate.process import Measurer, peer_command
 from flashlite.evaluate.speed import Contender, Figures, Measure, choose_measures, compare, ratios
 
@@ -162,6 +164,9 @@ def test_every_line_is_answered() -> None:
         def decode(self, ids: list[int], n: int) -> float:
             return float(self.tokens * n)
 
+        def together(self, prompts: list[list[int]], n: int) -> float:
+            return float(sum(map(len, prompts)) * n)
+
         def close(self) -> None:
             pass
 
@@ -171,6 +176,7 @@ def test_every_line_is_answered() -> None:
         '{"cmd": "open", "model": "m", "threads": 2, "context": 5}',
         '{"cmd": "prefill", "ids": [1, 2, 3]}',
         '{"cmd": "decode", "ids": [1], "n": 3}',
+        '{"cmd": "together", "prompts": [[1], [2, 3]], "n": 7}',
         '{"cmd": "dance"}',
         '{"cmd": "rss"}',
         '{"cmd": "close"}',
@@ -180,9 +186,22 @@ def test_every_line_is_answered() -> None:
     worker.answer_lines(Model, io.StringIO("\n".join(requests)), answers)
     answered = [json.loads(line) for line in answers.getvalue().splitlines()]
     assert [list(a) for a in answered] == [
-        ["error"], ["error"], ["seconds"], ["seconds"], ["seconds"], ["error"], ["bytes"], []
+        ["error"], ["error"], *[["seconds"]] * 4, ["error"], ["bytes"], []
     ]  # fmt: skip
-    assert (answered[3]["seconds"], answered[4]["seconds"]) == (3.0, 30.0)
+    assert [a["seconds"] for a in answered[3:6]] == [3.0, 30.0, 21.0]
+
+
+def test_engines_of_several_sequences_are_told_how_many() -> None:
+    opened: list[tuple[object, ...]] = []
+
+    class Model:
+        def __init__(self, *given: object) -> None:
+            opened.append(given)
+
+    line = '{"cmd": "open", "model": "m", "threads": 2, "context": 5'
+    requests = io.StringIO(line + "}\n" + line + ', "sequences": 16}\n')
+    worker.answer_lines(Model, requests, io.StringIO())
+    assert opened == [("m", 2, 5), ("m", 2, 5, 16)]
 
 
 def test_measures_stay_within_the_context() -> None:
@@ -222,6 +241,42 @@ def test_an_override_names_the_python(tmp_path: Path, monkeypatch: pytest.Monkey
         peer_python(PEERS["llama.cpp"])
 
 
+def test_another_recipe_is_another_environment() -> None:
+    peer = PEERS["llama.cpp"]
+    changed = (
+        replace(peer, version="0"),
+        replace(peer, requirements=("numpy",)),
+        replace(peer, pip_options=()),
+        replace(peer, environment={"CC": "other"}),
+    )
+    folders = [one.folder for one in (peer, *changed)]
+    assert len(set(folders)) == 5
+    assert all(name.startswith("llama.cpp-0") for name in folders)
+    assert replace(peer).folder == peer.folder
+
+
+def test_llama_cpp_is_built_so_that_amx_works(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : fpu avx512_vnni amx_tile amx_int8\n")
+
+    def found(*names: str) -> dict[str, str]:
+        return build_llama_cpp(cpuinfo, lambda name: name if name in names else None)
+
+    both = found("clang-14", "clang++-14", "clang-9", "clang++-9", "gcc")
+    assert (both["CC"], both["CXX"]) == ("clang-14", "clang++-14")
+    assert "no-amx" not in both["CMAKE_ARGS"]
+    for lacking in (found("gcc"), found("clang-14"), found()):
+        flags = shlex.split(lacking["CMAKE_ARGS"])
+        assert "CC" not in lacking
+        for language in ("C", "CXX"):
+            assert f"-DCMAKE_{language}_FLAGS=-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" in flags
+    cpuinfo.write_text("flags : fpu avx512_vnni\n")
+    assert found("clang", "clang++") == {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF"}
+    cpuinfo.unlink()
+    assert found("clang", "clang++") == {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF"}
+    assert "--no-cache-dir" in PEERS["llama.cpp"].pip_options
+
+
 def wheel(folder: Path) -> Path:
     """A package of one line."""
     path = folder / "toy_engine-1.0-py3-none-any.whl"
@@ -256,7 +311,7 @@ def test_a_peer_installs_itself_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pip_options=("--no-index",),
     )
     notes: list[str] = []
-    interrupted = tmp_path / "cache/peers/toy.engine-1.0"
+    interrupted = tmp_path / "cache/peers" / peer.folder
     (interrupted / "bin").mkdir(parents=True)  # no `ready`: made anew
     python = peer_python(peer, notes.append)
     assert peer_python(peer, notes.append) == python
@@ -278,7 +333,7 @@ def test_a_failed_installation_does_not_count(
     for _ in range(2):
         with pytest.raises(EvaluateError, match="could not be installed") as caught:
             peer_python(peer)
-        assert f"openvino-{peer.version}.log" in str(caught.value)
+        assert f"{peer.folder}.log" in str(caught.value)
         assert "FLASHLITE_PEER_OPENVINO" in str(caught.value)
 
 
@@ -304,6 +359,13 @@ def test_our_own_process_measures_a_compiled_model(
     figures = compare([ours], measures, range(64, 128), threads=2, rounds=2)["flashlite"]
     assert all(speed > 0 for speed in figures.medians.values())
     assert figures.open_seconds > 0
+    with Measurer(ours.name, ours.command) as measurer:
+        measurer.open(ours.model, threads=2, context=256, sequences=3)
+        prompts = [[70 + i] * (i + 1) for i in range(3)]
+        assert measurer.together(prompts, 4) > 0
+        with pytest.raises(EvaluateError, match="1 to 3 sequences"):
+            measurer.together([*prompts, [80]], 4)
+        assert measurer.together(prompts[:1], 4) > 0
 
 
 @pytest.mark.accept

@@ -21,7 +21,7 @@ __all__ = ["Model"]
 class Model:
     """An artifact open in flashlite: checked, its library from the cache, its tokenizer loaded."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, sequences: int = 1) -> None:
         artifact = open_artifact(Path(path))
         self._tokenizer = Tokenizer(load_texts(artifact), name=artifact.name)
         return_unused()
@@ -30,6 +30,7 @@ class Model:
             load_weights(artifact),
             max_tokens=context,
             threads=threads,
+            max_sequences=sequences,
         )
 
     def prefill(self, ids: Seq[int]) -> float:
@@ -50,6 +51,19 @@ class Model:
             token = self._run(sequence, [token])
         seconds = time.perf_counter() - start
         sequence.release()
+        return seconds
+
+    def together(self, prompts: Seq[Seq[int]], n: int) -> float:
+        """Seconds of `n` greedy steps of all prompts at once."""
+        sequences = [self._engine.new_sequence(len(ids) + n) for ids in prompts]
+        tokens = [self._run(*pair) for pair in zip(sequences, prompts, strict=True)]
+        start = time.perf_counter()
+        for _ in range(n):
+            work = [Work(s, [token]) for s, token in zip(sequences, tokens, strict=True)]
+            tokens = np.argmax(self._engine.step(work), axis=1).tolist()
+        seconds = time.perf_counter() - start
+        for sequence in sequences:
+            sequence.release()
         return seconds
 
     def close(self) -> None:

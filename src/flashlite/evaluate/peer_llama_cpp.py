@@ -27,7 +27,7 @@ def _silence(level: int, text: bytes, user_data: Any) -> None:
 class Model:
     """A GGUF file open in llama.cpp."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, sequences: int = 1) -> None:
         llama.llama_log_set(_silence, None)
         llama.llama_backend_init()
         self._model = llama.llama_model_load_from_file(
@@ -37,6 +37,7 @@ class Model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         params = llama.llama_context_default_params()
         params.n_ctx = context
+        params.n_seq_max = sequences
         params.n_batch = BATCH
         params.n_ubatch = MICRO_BATCH
         params.n_threads = params.n_threads_batch = threads
@@ -62,6 +63,23 @@ class Model:
             token = self._run([token])
         return time.perf_counter() - start
 
+    def together(self, prompts: list[list[int]], n: int) -> float:
+        """Seconds of `n` greedy steps of all prompts at once."""
+        self._clear()
+        batch = llama.llama_batch_init(max(len(prompts), *map(len, prompts)), 0, 1)
+        tokens = []
+        for i, ids in enumerate(prompts):
+            self._step(batch, [(token, at, i) for at, token in enumerate(ids)])
+            tokens.append(self._logits_argmax(-1))
+        start = time.perf_counter()
+        for step in range(n):
+            at = [len(ids) + step for ids in prompts]
+            self._step(batch, list(zip(tokens, at, range(len(prompts)), strict=True)), every=True)
+            tokens = [self._logits_argmax(row) for row in range(len(prompts))]
+        seconds = time.perf_counter() - start
+        llama.llama_batch_free(batch)
+        return seconds
+
     def close(self) -> None:
         """Free everything."""
         llama.llama_free(self._context)
@@ -76,8 +94,23 @@ class Model:
             part = ids[at : at + BATCH]
             tokens = (llama.llama_token * len(part))(*part)
             batch = llama.llama_batch_get_one(tokens, len(part))  # logits of the last one only
-            if status := llama.llama_decode(self._context, batch):
-                raise RuntimeError(f"llama_decode failed with {status}")
-        logits = llama.llama_get_logits_ith(self._context, -1)  # waits for the computation
-        row = (ctypes.c_float * self._vocab_size).from_address(ctypes.addressof(logits.contents))
-        return int(np.argmax(np.frombuffer(row, np.float32)))
+            self._decode(batch)
+        return self._logits_argmax(-1)
+
+    def _step(self, batch: Any, rows: list[tuple[int, int, int]], *, every: bool = False) -> None:
+        """Run (token, position, sequence) rows; logits of each, or of the last one only."""
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence) in enumerate(rows):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = every or i == len(rows) - 1
+        self._decode(batch)
+
+    def _decode(self, batch: Any) -> None:
+        if status := llama.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama_decode failed with {status}")
+
+    def _logits_argmax(self, row: int) -> int:
+        logits = llama.llama_get_logits_ith(self._context, row)  # waits for the computation
+        values = (ctypes.c_float * self._vocab_size).from_address(ctypes.addressof(logits.contents))
+        return int(np.argmax(np.frombuffer(values, np.float32)))

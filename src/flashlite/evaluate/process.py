@@ -58,13 +58,16 @@ class Measurer:
             raise EvaluateError(f"{name} cannot be started: {error}") from None
         self._pause()
 
-    def open(self, model: Path, *, threads: int, context: int) -> float:
-        """Open a model for up to `context` tokens; the seconds it took.
+    def open(self, model: Path, *, threads: int, context: int, sequences: int = 1) -> float:
+        """Open a model for up to `context` tokens in all its sequences; the seconds it took.
 
         Raises:
             EvaluateError: as every method: the engine failed, in its words, or its process ended.
         """
-        answer = self._ask(cmd="open", model=str(model), threads=threads, context=context)
+        several = {"sequences": sequences} if sequences > 1 else {}
+        answer = self._ask(
+            cmd="open", model=str(model), threads=threads, context=context, **several
+        )
         return float(answer["seconds"])
 
     def prefill(self, ids: Sequence[int]) -> float:
@@ -74,6 +77,11 @@ class Measurer:
     def decode(self, ids: Sequence[int], n: int) -> float:
         """Seconds of `n` greedy steps after `ids`, whose prefill is not counted."""
         return float(self._ask(cmd="decode", ids=list(ids), n=n)["seconds"])
+
+    def together(self, prompts: Sequence[Sequence[int]], n: int) -> float:
+        """Seconds of `n` greedy steps of all prompts at once, whose prefill is not counted."""
+        asked = [list(prompt) for prompt in prompts]
+        return float(self._ask(cmd="together", prompts=asked, n=n)["seconds"])
 
     def peak_memory(self) -> int:
         """Highest resident bytes so far."""

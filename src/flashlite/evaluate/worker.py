@@ -9,9 +9,15 @@ The file named on the command line defines `Model(path, threads, context)` with
     decode(ids, n) -> seconds of n greedy steps after `ids`, whose prefill is not counted
     close()
 
+and, where it runs several sequences in one step, takes their number as a fourth argument and has
+
+    together(prompts, n) -> seconds of n greedy steps of all of them, prefill not counted
+
     {"cmd": "open", "model": PATH, "threads": 2, "context": 2048} -> {"seconds": 0.4}
     {"cmd": "prefill", "ids": [...]}           -> {"seconds": 0.9}
     {"cmd": "decode", "ids": [...], "n": 128}  -> {"seconds": 0.7}
+    {"cmd": "together", "prompts": [[...]], "n": 64}  -> {"seconds": 0.9}   after an open with
+                                                         "sequences": 16, "context" for them all
     {"cmd": "rss"}                             -> {"bytes": 98000000}   highest so far (VmHWM)
     {"cmd": "close"}                           -> {}
 
@@ -49,7 +55,8 @@ def answer_lines(model_class: Any, requests: IO[str], answers: IO[str]) -> None:
             answer: dict[str, Any] = {}
             if command == "open":
                 start = time.perf_counter()
-                model = model_class(request["model"], request["threads"], request["context"])
+                fields = ["model", "threads", "context", "sequences"]
+                model = model_class(*(request[name] for name in fields if name in request))
                 answer = {"seconds": time.perf_counter() - start}
             elif command == "rss":
                 answer = {"bytes": peak_resident_bytes()}
@@ -62,6 +69,8 @@ def answer_lines(model_class: Any, requests: IO[str], answers: IO[str]) -> None:
                 answer = {"seconds": model.prefill(request["ids"])}
             elif command == "decode":
                 answer = {"seconds": model.decode(request["ids"], request["n"])}
+            elif command == "together":
+                answer = {"seconds": model.together(request["prompts"], request["n"])}
             else:
                 raise RuntimeError(f"unknown command {command!r}")
         except Exception as error:
