@@ -147,7 +147,7 @@ static void gemm_tiles(float *y, size_t stride, const fl_linear *w, int32_t bloc
 const fl_kernels fl_kernels_amx = {
     .isa = "amx",
     .fp32 = 0,
-    .tall_from = 8,
+    .tall_from = 32,
     .quantize = quantize,
     .gemv = gemv,
     .gemm = gemm_tiles,
