@@ -242,6 +242,21 @@ def test_attend_equals_plain(kernels: h.Kernels, plain: h.Kernels, head_dim: int
         assert np.array_equal(ours, plain.attend(pages, q, first, last))
 
 
+def test_attend_of_infinite_scores_equals_plain(kernels: h.Kernels, plain: h.Kernels) -> None:
+    """Also where a page holds no new maximum, or is not seen by every query."""
+    rng = np.random.default_rng(4)
+    pages = h.Pages(rng, 96, 32)
+    for position in range(96):
+        k, v = rng.normal(0, 8e6, (2, 32)).astype(np.float32)
+        kernels.store_kv(pages, position, k, v / 8e6)
+    q = rng.normal(0, 1, (24, 32)) * 10.0 ** rng.integers(28, 38, (24, 1))
+    first, last = ranges(rng, 24, 96)
+    ours = kernels.attend(pages, q.astype(np.float32), first, last)
+    oracle = plain.attend(pages, q.astype(np.float32), first, last)
+    assert np.isfinite(ours).any()
+    assert np.array_equal(ours, oracle, equal_nan=True)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_attend_agrees_with_float64(any_kernels: h.Kernels, head_dim: int) -> None:
     rng = np.random.default_rng(head_dim)
