@@ -378,15 +378,3 @@ def test_exp_is_within_two_ulp(scalar: h.Scalar) -> None:
     edge = np.array([-87.1, -1e30, -np.inf, 88.1, np.inf], np.float32)
     assert np.array_equal(scalar.exp(edge), [0, 0, 0, *[scalar.exp(edge[3:])[0]] * 2])
     assert np.isfinite(scalar.exp(np.array([np.nan], np.float32))).all()
-
-
-# ---- memory ----
-
-
-@pytest.mark.parametrize("name", [n for n in h.TABLES if n != "plain" and "native" not in n])
-def test_random_calls_are_clean_under_sanitizers(name: str, directory: Path) -> None:
-    """Exact-size buffers, random shapes: no address or undefined-behaviour report."""
-    reason = h.missing(h.TABLES[name]) or h.missing_sanitizers(directory)
-    if reason:
-        pytest.skip(f"{name}: {reason}")
-    h.fuzz(name, directory, rounds=1000)
