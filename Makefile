@@ -8,6 +8,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL := smollm2-135m-instruct
 PINS := pyproject.toml constraints.txt
+FUZZ_RUNS := 20000000
+TSAN_SECONDS := 60
 
 # Where the evaluation sets lie; tests that need one skip when there is none.
 ifneq ($(wildcard ../shared/data),)
@@ -19,7 +21,7 @@ CC_FOUND := $(shell command -v cc || command -v gcc || command -v clang)
 COMPILER := $(if $(CC_FOUND),,.venv/.compiler)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench plots accept fixtures constraints dist clean
+.PHONY: help run test lint format bench plots accept fuzz tsan fixtures constraints dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | \
@@ -38,6 +40,12 @@ accept: .venv/.oracle $(COMPILER) ## slow checks against peers and larger models
 	@$(BIN)/flashlite pull gemma-3-270m --accept-license
 	@$(BIN)/flashlite pull qwen2.5-coder-1.5b-instruct
 	@$(BIN)/python -m pytest -q -m accept -o timeout=0 -o session_timeout=86400
+
+fuzz: .venv/.dev ## fuzz every kernel, FUZZ_RUNS inputs (Debian: clang libclang-rt-dev llvm)
+	@$(BIN)/python tests/csrc/run_fuzz.py fuzz --runs $(FUZZ_RUNS)
+
+tsan: .venv/.dev $(COMPILER) ## the thread pool under the thread sanitizer, TSAN_SECONDS long
+	@$(BIN)/python tests/csrc/run_fuzz.py tsan --seconds $(TSAN_SECONDS)
 
 lint: .venv/.dev ## what continuous integration checks before the tests
 	@$(BIN)/ruff check

@@ -23,6 +23,8 @@ import numpy.typing as npt
 __all__ = [
     "BLOCK_ROWS",
     "FORMATS",
+    "FUZZ",
+    "FUZZ_ENTRY",
     "GROUP",
     "PAGE",
     "TABLES",
@@ -37,7 +39,7 @@ __all__ = [
     "aligned",
     "build",
     "compile_c",
-    "fuzz",
+    "fuzz_tables",
     "missing",
     "missing_sanitizers",
     "product",
@@ -50,6 +52,10 @@ CSRC = Path(__file__).parents[2] / "src" / "flashlite" / "csrc"
 CFLAGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-O3", "-ffp-contract=off", "-fno-math-errno")
 AVX512 = ("f", "bw", "vl", "dq", "vnni")
 EMULATION = Path(__file__).parent / "avx512_emulation"
+FUZZ = Path(__file__).parent / "fuzz"
+FUZZ_ENTRY = tuple(
+    FUZZ / f"{name}.c" for name in ("input", "entry", "matrices", "attention", "rows", "sampling")
+)
 GROUP, BLOCK_ROWS, TILE, TALL_TILE, PAGE = 32, 16, 6, 16, 32
 FORMATS = {"q8": 0, "q4": 1, "q4m": 2}
 
@@ -506,6 +512,11 @@ def build(name: str, directory: Path) -> Kernels:
     return Kernels(name, library, table)
 
 
+def fuzz_tables(tables: Sequence[Table]) -> str:
+    """The compiler's flag that gives these tables, the plain one first, to `fuzz/entry.c`."""
+    return "-DFUZZ_TABLES=" + " ".join(f"TABLE({table.symbol})" for table in tables)
+
+
 SANITIZE = ("-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
@@ -517,17 +528,6 @@ def missing_sanitizers(directory: Path) -> str:
     except RuntimeError:
         return "the C compiler has no address sanitizer"
     return "" if subprocess.run([program]).returncode == 0 else "sanitized programs do not run"
-
-
-def fuzz(name: str, directory: Path, *, rounds: int) -> None:
-    """Run `fuzz_kernels.c` for one table under the sanitizers; raises with their report."""
-    table = TABLES[name]
-    program = directory / f"fuzz-{name}"
-    flags = [*table.flags, *SANITIZE, f"-DFUZZ_TABLE={table.symbol}"]
-    compile_c([*_sources(table), Path(__file__).with_name("fuzz_kernels.c")], program, flags)
-    done = subprocess.run([program, str(rounds)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
 
 
 _SCALAR = """

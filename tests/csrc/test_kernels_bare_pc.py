@@ -1,7 +1,8 @@
 """The AVX-512 kernels as compiled, on a PC emulator that decodes their instructions.
 
 `test_kernels.py` proves their logic anywhere; here the machine code itself runs, on machines
-without AVX-512 too. Bochs (Debian: bochs) starts `bare_pc/boot.S`, which loads `fuzz_kernels.c`.
+without AVX-512 too. Bochs (Debian: bochs) starts `bare_pc/boot.S`, which loads the
+fuzz targets with random inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 HERE = Path(__file__).parent
 BIOS = Path("/usr/share/bochs/BIOS-bochs-latest")
 VGA_BIOS = Path("/usr/share/bochs/VGABIOS-lgpl-latest")
-ROUNDS = 30
+ROUNDS = 1500  # inputs
 CHUNK = 64 * 512  # bytes that boot.S loads at once
 CYLINDER = 16 * 63 * 512
 
@@ -56,9 +57,10 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs the PC emulator Bochs with its BIOS (Debian: apt-get install bochs)")
     folder = tmp_path_factory.mktemp("bare_pc")
     table = h.TABLES["avx512"]
-    sources = [HERE / "bare_pc" / "library.c", HERE / "fuzz_kernels.c"]
-    sources += [h.CSRC / "fl_kernels_plain.c", h.CSRC / table.source]
-    flags = [f'-DROUNDS="{ROUNDS}"', f"-DFUZZ_TABLE={table.symbol}", "-mno-red-zone"]
+    sources = [HERE / "bare_pc" / "library.c", *h.FUZZ_ENTRY, h.FUZZ / "random_main.c"]
+    sources += [h.CSRC / name for name in ("fl_kernels_plain.c", table.source, "fl_sample.c")]
+    flags = [f'-DROUNDS="{ROUNDS}"', h.fuzz_tables([h.TABLES["plain"], table]), "-mno-red-zone"]
+    flags += [f"-I{h.FUZZ}", "-DFUZZ_BARE"]
     flags += ["-fno-builtin-printf", f"-Wl,-T,{HERE / 'bare_pc' / 'program.ld'}"]
     program = flat(sources, folder / "program", [*table.flags, *flags])
     flags = [f"-DCHUNKS={-(-len(program) // CHUNK)}", "-Wl,-Ttext=0x7c00"]

@@ -10,12 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from small import NO_TEXT, Small
-
-from flashlite.artifact.read import load_weights
-from flashlite.artifact.write import quantize
-from flashlite.checkpoint.open import open_checkpoint
-from flashlite.model.families import describe
+from small import Small, quantize_small
 
 
 @pytest.fixture(scope="session")
@@ -26,12 +21,7 @@ def make_small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str]
     def make(path: Path, preset: str) -> Small:
         if (path, preset) not in made:
             folder = tmp_path_factory.mktemp("small") / "small.fl"
-            source = describe(open_checkpoint(path))
-            provenance = {"source": "", "sha256": "", "licence": ""}
-            artifact = quantize(
-                source, NO_TEXT, folder, preset, name="small", provenance=provenance
-            )
-            made[path, preset] = Small(artifact, load_weights(artifact))
+            made[path, preset] = quantize_small(path, preset, folder)
         return made[path, preset]
 
     return make

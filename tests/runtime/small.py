@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashlite.artifact.format import Artifact
-from flashlite.artifact.read import tensor
+from flashlite.artifact.read import load_weights, tensor
+from flashlite.artifact.write import quantize
+from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
 from flashlite.codegen.target import host_target
+from flashlite.model.families import describe
 from flashlite.model.reference import Reference
 from flashlite.runtime.engine import Engine, Sequence, Work
 from flashlite.runtime.library import MAX_BATCH, load_library
@@ -41,6 +44,14 @@ class Small:
     def ids(self, n: int, seed: int = 0) -> NDArray[np.int32]:
         rng = np.random.default_rng(seed)
         return rng.integers(0, self.artifact.spec.vocab_size, n).astype(np.int32)
+
+
+def quantize_small(path: Path, preset: str, folder: Path) -> Small:
+    """The artifact `folder` of a checkpoint without a tokenizer."""
+    source = describe(open_checkpoint(path))
+    provenance = {"source": "", "sha256": "", "licence": ""}
+    artifact = quantize(source, NO_TEXT, folder, preset, name="small", provenance=provenance)
+    return Small(artifact, load_weights(artifact))
 
 
 def all_logits(

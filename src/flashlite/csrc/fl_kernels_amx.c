@@ -5,6 +5,7 @@
  * packed block. Its 256 sums are stored and added to the accumulators in floats, which takes most of
  * the time: 16 vectors of three or four steps for every tile of integers.
  */
+#define FL_FUNCTIONS_ALONE
 #include "fl_kernels_avx512.c"
 
 /* Tiles by number; gcc wants to see digits. */

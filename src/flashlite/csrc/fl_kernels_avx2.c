@@ -602,7 +602,7 @@ static void softmax_page(const attention *a, int32_t i, span seen) {
         s[j] = _mm256_and_ps(exp8(_mm256_sub_ps(s[j], _mm256_set1_ps(m))), keep[j]);
         _mm256_storeu_ps(p + 8 * j, s[j]);
     }
-    a->factor[i] = fl_exp(a->m[i] - m);
+    a->factor[i] = m > a->m[i] ? fl_exp(a->m[i] - m) : 1.0f;
     a->m[i] = m;
     __m256 factor = _mm256_set1_ps(a->factor[i]);
     UNROLL for (int j = 0; j < 2; j++) {

@@ -855,6 +855,7 @@ static void gelu_mul(float *y, const float *gate, const float *up, int32_t n) {
     gate_mul(1, y, gate, up, n);
 }
 
+#if !defined(FL_FUNCTIONS_ALONE) /* fl_kernels_amx.c makes a table of its own of them */
 const fl_kernels fl_kernels_avx512 = {
     .isa = "avx512",
     .fp32 = 0,
@@ -867,3 +868,4 @@ const fl_kernels fl_kernels_avx512 = {
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,
 };
+#endif

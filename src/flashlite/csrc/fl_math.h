@@ -143,7 +143,7 @@ static inline float fl_softmax_page(float *scores, int32_t low, int32_t high, fl
                                     float lanes[16]) {
     float top = *m;
     for (int32_t t = low; t <= high; t++) top = scores[t] > top ? scores[t] : top;
-    float factor = fl_exp(*m - top);
+    float factor = top > *m ? fl_exp(*m - top) : 1.0f; /* also where both are infinite */
     for (int32_t t = 0; t < 32; t++) {
         scores[t] = t < low || t > high ? 0.0f : fl_exp(scores[t] - top);
     }

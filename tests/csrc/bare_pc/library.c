@@ -1,4 +1,4 @@
-/* What fuzz_kernels.c needs of a C library, on a bare PC: it prints to port 0xe9 and switches
+/* What ../fuzz needs of a C library, on a bare PC: it prints to port 0xe9 and switches
  * the machine off. ROUNDS: the program's argument, a string. */
 #include <stdarg.h>
 #include <stddef.h>
@@ -53,6 +53,13 @@ _Noreturn void exit(int status) {
     print("\n");
     for (const char *word = "Shutdown"; *word; word++) out(0x8900, *word);
     for (;;) __asm volatile("hlt");
+}
+
+_Noreturn void abort(void) { exit(1); }
+
+int fflush(void *stream) { /* printf keeps nothing back */
+    (void)stream;
+    return 0;
 }
 
 /* One round's blocks take less than the 64 MiB after which memory is used anew. */

@@ -1,0 +1,47 @@
+"""A short run of the fuzz targets under the system compiler's sanitizers, with random inputs.
+
+`make fuzz` runs the same targets for long, guided by coverage; `make accept` for half a minute.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import fuzz_programs as f
+import kernel_harness as h
+import pytest
+from small import quantize_small
+
+FAMILIES = Path(__file__).parents[1] / "fixtures/families"
+ROUNDS = 6000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def run(program: Path) -> str:
+    done = subprocess.run([program, str(ROUNDS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", [n for n in h.TABLES if n != "plain" and "native" not in n])
+def test_random_calls_are_clean_and_equal_the_plain_ones(name: str, folder: Path) -> None:
+    """Buffers of exactly the promised size; every bit of what comes out (FP32: its memory)."""
+    reason = h.missing(h.TABLES[name]) or h.missing_sanitizers(folder)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    program = f.random_program(folder / name, ["plain", name], None)
+    assert run(program) == f"{h.TABLES[name].symbol.removeprefix('fl_kernels_')}: {ROUNDS} rounds\n"
+
+
+def test_random_batches_are_clean_or_refused(folder: Path) -> None:
+    """A generated model in every table of this CPU; half of the batches are hostile."""
+    reason = h.missing(h.TABLES["plain"]) or h.missing_sanitizers(folder)
+    if reason:
+        pytest.skip(reason)
+    model = f.Model.of(quantize_small(FAMILIES / "gemma3", "import", folder / "small.fl"))
+    run(f.random_program(folder / "engine", f.host_tables(), model))
