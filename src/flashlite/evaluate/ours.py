@@ -21,8 +21,6 @@ __all__ = ["Model"]
 class Model:
     """An artifact open in flashlite: checked, its library from the cache, its tokenizer loaded."""
 
-    exact_head = False
-
     def __init__(self, path: str, threads: int, context: int, sequences: int = 1) -> None:
         artifact = open_artifact(Path(path))
         self._tokenizer = Tokenizer(load_texts(artifact), name=artifact.name)
@@ -33,7 +31,6 @@ class Model:
             max_tokens=context,
             threads=threads,
             max_sequences=sequences,
-            exact_head=self.exact_head,
         )
 
     def prefill(self, ids: Seq[int]) -> float:

@@ -20,10 +20,9 @@ __all__ = ["Measurer", "our_command", "peer_command"]
 _HERE = Path(__file__).parent
 
 
-def our_command(*, exact_head: bool = False) -> list[str]:
+def our_command() -> list[str]:
     """Starts the process that measures flashlite itself."""
-    script = _HERE / ("ours_exact.py" if exact_head else "ours.py")
-    return [sys.executable, "-m", "flashlite.evaluate.worker", str(script)]
+    return [sys.executable, "-m", "flashlite.evaluate.worker", str(_HERE / "ours.py")]
 
 
 def peer_command(python: Path, script: Path) -> list[str]:
