@@ -37,9 +37,9 @@ from flashlite.codegen.emit import emit_model
 from flashlite.codegen.target import ISAS, check_isa, host_isa, host_target
 from flashlite.codegen.toolchain import build_library
 from flashlite.errors import UnsupportedTarget
+from flashlite.evaluate.ours import decode_seconds, prefill_seconds
 from flashlite.runtime import scheduler as scheduling
 from flashlite.runtime.engine import Engine, Work
-from flashlite.runtime.engine import Sequence as Timeline
 from flashlite.runtime.library import MAX_BATCH, load_library
 from flashlite.runtime.model import Model, load, summarize
 from flashlite.runtime.prepare import compile_artifact
@@ -105,42 +105,17 @@ class Bench:
         return self.stack.enter_context(engine)
 
 
-def append(engine: Engine, sequence: Timeline, ids: Sequence[int]) -> int:
-    """Run ids through the engine; the most likely next token."""
-    last = (len(ids) - 1) // MAX_BATCH * MAX_BATCH
-    for at in range(0, last, MAX_BATCH):
-        engine.step([Work(sequence, ids[at : at + MAX_BATCH], "none")])
-    return int(np.argmax(engine.step([Work(sequence, ids[last:])])[0]))
-
-
 def prefill_rate(bench: Bench, engine: Engine, n: int = 512) -> Rate:
     """Tokens/s of a prompt."""
-
-    def rate() -> float:
-        sequence, prompt = engine.new_sequence(n), bench.prompt(n)
-        begun = time.perf_counter()
-        append(engine, sequence, prompt)
-        seconds = time.perf_counter() - begun
-        sequence.release()
-        return n / seconds
-
-    return rate
+    return lambda: n / prefill_seconds(engine, bench.prompt(n))
 
 
 def decode_rate(bench: Bench, engine: Engine, n: int = 64, together: int = 1) -> Rate:
     """Tokens/s of `together` sequences, decoding in the same steps."""
 
     def rate() -> float:
-        sequences = [engine.new_sequence(16 + n) for _ in range(together)]
-        tokens = [append(engine, sequence, bench.prompt(16)) for sequence in sequences]
-        begun = time.perf_counter()
-        for _ in range(n):
-            work = [Work(s, [token]) for s, token in zip(sequences, tokens, strict=True)]
-            tokens = np.argmax(engine.step(work), axis=1).tolist()
-        seconds = time.perf_counter() - begun
-        for sequence in sequences:
-            sequence.release()
-        return n * together / seconds
+        prompts = [bench.prompt(16) for _ in range(together)]
+        return n * together / decode_seconds(engine, prompts, n)
 
     return rate
 

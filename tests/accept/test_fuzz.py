@@ -25,8 +25,9 @@ FAMILIES = Path(__file__).parents[1] / "fixtures/families"
 RUNS = 300_000
 
 
-@pytest.mark.skipif(bool(f.missing_fuzzer()), reason=f.missing_fuzzer())
 def test_fuzzing_finds_nothing_and_reaches_every_line(tmp_path: Path) -> None:
+    if reason := f.missing_fuzzer():
+        pytest.skip(reason)
     model = f.Model.of(quantize_small(FAMILIES / "gemma3", "import", tmp_path / "small.fl"))
     tables = f.host_tables()
     campaign = c.Campaign(f.fuzz_program(tmp_path, tables, model), tmp_path / "corpus")

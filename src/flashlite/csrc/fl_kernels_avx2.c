@@ -583,17 +583,22 @@ INLINE span clip(int32_t first, int32_t last, int32_t page) {
     return s;
 }
 
+/* Tokens 8 j .. 8 j + 7: all bits where the span holds one, none elsewhere. */
+INLINE __m256 within(span s, int j) {
+    __m256i t =
+        _mm256_add_epi32(_mm256_set1_epi32(8 * j), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    __m256i low = _mm256_set1_epi32(s.low - 1), high = _mm256_set1_epi32(s.high + 1);
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_cmpgt_epi32(t, low), _mm256_cmpgt_epi32(high, t)));
+}
+
 /* fl_softmax_page of query i */
 static void softmax_page(const attention *a, int32_t i, span seen) {
     const __m256 lowest = _mm256_set1_ps(-FLT_MAX);
-    const __m256i low = _mm256_set1_epi32(seen.low - 1), high = _mm256_set1_epi32(seen.high + 1);
     float *p = a->p + i * 32;
     __m256 s[4], keep[4], top = _mm256_set1_ps(a->m[i]);
     UNROLL for (int j = 0; j < 4; j++) {
-        __m256i t =
-            _mm256_add_epi32(_mm256_set1_epi32(8 * j), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-        keep[j] = _mm256_castsi256_ps(
-            _mm256_and_si256(_mm256_cmpgt_epi32(t, low), _mm256_cmpgt_epi32(high, t)));
+        keep[j] = within(seen, j);
         s[j] = _mm256_loadu_ps(p + 8 * j);
         top = _mm256_max_ps(_mm256_blendv_ps(lowest, s[j], keep[j]), top);
     }
@@ -615,14 +620,10 @@ static void softmax_page(const attention *a, int32_t i, span seen) {
 /* Quantize the weights of all queries in group g: probabilities times value scales. Tokens that nobody
  * sees may never have been written, and 0 * NaN is not 0. */
 static void weigh(const attention *a, const page_view *page, int32_t g, span seen) {
-    const __m256i low = _mm256_set1_epi32(seen.low - 1), high = _mm256_set1_epi32(seen.high + 1);
     __m256 scale[4];
     UNROLL for (int j = 0; j < 4; j++) {
-        __m256i t =
-            _mm256_add_epi32(_mm256_set1_epi32(8 * j), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-        __m256i keep = _mm256_and_si256(_mm256_cmpgt_epi32(t, low), _mm256_cmpgt_epi32(high, t));
-        scale[j] =
-            _mm256_and_ps(load_halves(page->v_scales + g * 32 + 8 * j), _mm256_castsi256_ps(keep));
+        __m256 halves = load_halves(page->v_scales + g * 32 + 8 * j);
+        scale[j] = _mm256_and_ps(halves, within(seen, j));
     }
     fl_act to = a->weights;
     for (int32_t i = 0; i < a->n; i++) {

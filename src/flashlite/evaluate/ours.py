@@ -15,7 +15,7 @@ from flashlite.runtime.library import MAX_BATCH, load_library
 from flashlite.runtime.prepare import compile_artifact
 from flashlite.runtime.process import return_unused
 
-__all__ = ["Model"]
+__all__ = ["Model", "decode_seconds", "prefill_seconds"]
 
 
 class Model:
@@ -35,45 +35,48 @@ class Model:
 
     def prefill(self, ids: Seq[int]) -> float:
         """Seconds from an empty cache to the next token."""
-        sequence = self._engine.new_sequence(len(ids))
-        start = time.perf_counter()
-        self._run(sequence, ids)
-        seconds = time.perf_counter() - start
-        sequence.release()
-        return seconds
+        return prefill_seconds(self._engine, ids)
 
     def decode(self, ids: Seq[int], n: int) -> float:
         """Seconds of `n` greedy steps after `ids`."""
-        sequence = self._engine.new_sequence(len(ids) + n)
-        token = self._run(sequence, ids)
-        start = time.perf_counter()
-        for _ in range(n):
-            token = self._run(sequence, [token])
-        seconds = time.perf_counter() - start
-        sequence.release()
-        return seconds
+        return decode_seconds(self._engine, [ids], n)
 
     def together(self, prompts: Seq[Seq[int]], n: int) -> float:
         """Seconds of `n` greedy steps of all prompts at once."""
-        sequences = [self._engine.new_sequence(len(ids) + n) for ids in prompts]
-        tokens = [self._run(*pair) for pair in zip(sequences, prompts, strict=True)]
-        start = time.perf_counter()
-        for _ in range(n):
-            work = [Work(s, [token]) for s, token in zip(sequences, tokens, strict=True)]
-            tokens = np.argmax(self._engine.step(work), axis=1).tolist()
-        seconds = time.perf_counter() - start
-        for sequence in sequences:
-            sequence.release()
-        return seconds
+        return decode_seconds(self._engine, prompts, n)
 
     def close(self) -> None:
         """Free everything."""
         self._engine.close()
 
-    def _run(self, sequence: Sequence, ids: Seq[int]) -> int:
-        """Append `ids`; the most likely token after them."""
-        last = (len(ids) - 1) // MAX_BATCH * MAX_BATCH
-        for at in range(0, last, MAX_BATCH):
-            self._engine.step([Work(sequence, ids[at : at + MAX_BATCH], "none")])
-        logits = self._engine.step([Work(sequence, ids[last:])])
-        return int(np.argmax(logits[0]))
+
+def prefill_seconds(engine: Engine, ids: Seq[int]) -> float:
+    """Seconds from an empty cache to the token after `ids`."""
+    sequence = engine.new_sequence(len(ids))
+    start = time.perf_counter()
+    _append(engine, sequence, ids)
+    seconds = time.perf_counter() - start
+    sequence.release()
+    return seconds
+
+
+def decode_seconds(engine: Engine, prompts: Seq[Seq[int]], n: int) -> float:
+    """Seconds of `n` greedy steps of all prompts at once, whose prefill is not counted."""
+    sequences = [engine.new_sequence(len(ids) + n) for ids in prompts]
+    tokens = [_append(engine, *pair) for pair in zip(sequences, prompts, strict=True)]
+    start = time.perf_counter()
+    for _ in range(n):
+        work = [Work(s, [token]) for s, token in zip(sequences, tokens, strict=True)]
+        tokens = np.argmax(engine.step(work), axis=1).tolist()
+    seconds = time.perf_counter() - start
+    for sequence in sequences:
+        sequence.release()
+    return seconds
+
+
+def _append(engine: Engine, sequence: Sequence, ids: Seq[int]) -> int:
+    """Run `ids` through the engine; the most likely token after them."""
+    last = (len(ids) - 1) // MAX_BATCH * MAX_BATCH
+    for at in range(0, last, MAX_BATCH):
+        engine.step([Work(sequence, ids[at : at + MAX_BATCH], "none")])
+    return int(np.argmax(engine.step([Work(sequence, ids[last:])])[0]))
