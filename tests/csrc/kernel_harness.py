@@ -305,11 +305,11 @@ class Activations:
         self.groups = _up(cols, GROUP) // GROUP
         tiles = _up(n, self.width) // self.width
         steps, dtype = (GROUP, np.float32) if fp32 else (8, np.int32)
-        # [tile, step, lane] whatever order they lie in
+        # [tile, group, step, lane] whatever order they lie in
         if self.width == TALL_TILE:
-            self.codes = aligned((tiles, self.width, self.groups * steps), dtype).swapaxes(1, 2)
+            self.codes = aligned((tiles, self.groups, self.width, steps), dtype).swapaxes(2, 3)
         else:
-            self.codes = aligned((tiles, self.groups * steps, self.width), dtype)
+            self.codes = aligned((tiles, self.groups, steps, self.width), dtype)
         self.scale = aligned((tiles, self.groups, self.width), np.float32)
         self.moment = aligned((tiles, self.groups, self.width), np.float32)
         self.offset = aligned((tiles, self.groups, self.width), np.int32)
@@ -329,18 +329,19 @@ class Activations:
         """Set codes [n, cols] (s8) and scales [n, groups]; the rest follows."""
         whole = np.zeros((self.n, self.groups * GROUP), np.int8)
         whole[:, : self.cols] = codes
-        dwords = whole.view(np.int32)
+        dwords = whole.view(np.int32).reshape(self.n, self.groups, 8)
         sums = whole.reshape(self.n, self.groups, GROUP).sum(2, dtype=np.int32)
         for t in range(self.n):
             tile, lane = divmod(t, self.width)
-            self.codes[tile, :, lane] = dwords[t]
+            self.codes[tile, :, :, lane] = dwords[t]
             self.scale[tile, :, lane] = scale[t]
             self.moment[tile, :, lane] = scale[t] * sums[t].astype(np.float32)
             self.offset[tile, :, lane] = -128 * sums[t]
 
     def true_codes(self) -> I32:
         """The codes as [n, groups * 32]."""
-        by_token = np.ascontiguousarray(self.codes.transpose(0, 2, 1)).reshape(-1, self.groups * 8)
+        by_token = np.ascontiguousarray(self.codes.transpose(0, 3, 1, 2))
+        by_token = by_token.reshape(-1, self.groups * 8)
         return by_token.view(np.int8)[: self.n].astype(np.int32)
 
     def true(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,8 +106,7 @@ def load_weights(artifact: Artifact, *, verify: bool = True) -> NDArray[np.uint8
     with open_file(path) as file:
         header = _read_header(file, path, artifact.weights_size)
         memory = _private_memory(artifact.weights_size)
-        # Whole reads and digests: each lets other threads run from its beginning to its end.
-        _read_into(file, memoryview(memory), path)
+        _read_halves(memoryview(memory), file, len(header), path)
     weights = np.frombuffer(memory, np.uint8)
     if verify:
         hasher = blake3(header, max_threads=blake3.AUTO).update(memoryview(memory))
@@ -251,7 +251,7 @@ def _read_header(file: BinaryIO, path: Path, weights_size: int) -> bytes:
     """The length and the JSON at the start of the file; the file ends where the weights do."""
     size = os.fstat(file.fileno()).st_size
     prefix = bytearray(8)
-    _read_into(file, memoryview(prefix), path)
+    _read_into(memoryview(prefix), file, 0, path)
     length = int.from_bytes(prefix, "little")
     if not 2 <= length <= LIMITS[WEIGHTS]:
         raise ArtifactError(f"{path}: header of {length} bytes, allowed 2 to {LIMITS[WEIGHTS]}")
@@ -262,19 +262,30 @@ def _read_header(file: BinaryIO, path: Path, weights_size: int) -> bytes:
         )
     header = bytearray(8 + length)
     header[:8] = prefix
-    _read_into(file, memoryview(header)[8:], path)
+    _read_into(memoryview(header)[8:], file, 8, path)
     return bytes(header)
 
 
-def _read_into(file: BinaryIO, view: memoryview, path: Path) -> None:
+def _read_into(view: memoryview, file: BinaryIO, start: int, path: Path) -> None:
+    """Fill `view` with the file's bytes from `start` on."""
     while len(view):
         try:
-            got = file.readinto(view)  # type: ignore[attr-defined]
+            got = os.preadv(file.fileno(), [view], start)
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
         if not got:
             raise IntegrityError(f"{path}: has become shorter; quantize or pull the model again")
-        view = view[got:]
+        view, start = view[got:], start + got
+
+
+def _read_halves(view: memoryview, file: BinaryIO, start: int, path: Path) -> None:
+    """`_read_into` by two threads: the system makes the pages meanwhile, which takes it as long as
+    copying does."""
+    middle = len(view) // 2
+    with ThreadPoolExecutor(1) as another:
+        second = another.submit(_read_into, view[middle:], file, start + middle, path)
+        _read_into(view[:middle], file, start, path)
+        second.result()
 
 
 def _private_memory(size: int) -> mmap.mmap:

@@ -52,7 +52,7 @@ typedef struct {
 /* Quantized activations of `n` tokens, packed in tiles of `width` tokens, as fl_act_width says. What
  * lies behind the last token of the last tile is anything.
  *   codes [tile][groups * 8][width] int32, each 4 s8 codes of consecutive columns; but
- *         [tile][width][groups * 8] where width is FL_TALL_TILE
+ *         [tile][groups][width][8] where width is FL_TALL_TILE
  *   scale, moment [tile][groups][width] as above
  *   offset [tile][groups][width]  -128 S: where a product with codes raised by 128 begins
  * In the FP32 test build `codes` holds floats, [tile][groups * 32][width], and the rest is unused. */
@@ -142,7 +142,7 @@ static inline fl_act_group fl_act_find(const fl_act *act, size_t t, size_t g) {
     size_t cell = t / width * groups + g;
     int tall = act->width == FL_TALL_TILE;
     return (fl_act_group){
-        .codes = act->codes + (tall ? (t * groups + g) * 8 : cell * 8 * width + lane),
+        .codes = act->codes + (tall ? (cell * width + lane) * 8 : cell * 8 * width + lane),
         .step = tall ? 1 : width,
         .at = cell * width + lane,
     };

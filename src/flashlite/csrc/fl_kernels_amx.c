@@ -3,7 +3,9 @@
  *
  * One tdpbssd multiplies 16 tokens x 32 columns by 32 columns x 16 rows of weights: a group of one
  * packed block. Its 256 sums are stored and added to the accumulators in floats, which takes most of
- * the time: 16 vectors of three or four steps for every tile of integers.
+ * the time: 16 vectors of three or four steps for every tile of integers. Near any tile instruction
+ * the second multiplier of the vector units (port 5) is asleep, its adder is not: measured, 48 fma
+ * beside one tile load take 50 cycles instead of 25, 48 additions 25.
  */
 #define FL_FUNCTIONS_ALONE
 #include "fl_kernels_avx512.c"
@@ -47,73 +49,87 @@ INLINE void unpack_tiles(fl_format format, tile_group *to, const fl_linear *w, i
     __asm__ volatile("" : : : "memory"); /* tile loads do not tell the compiler what they read */
 }
 
-/* Sums of one or two groups of one block and 16 tokens. */
+/* Where the next product's operands are: the groups of a row block, then again for the next tile of
+ * tokens. Groups are counted up to an even number; the one that an odd number lacks is the last
+ * once more, and nobody adds it. */
 typedef struct {
-    _Alignas(64) int32_t of[2][FL_TALL_TILE][FL_BLOCK_ROWS];
-} tile_sums;
-
-/* Where the next two groups of a row block and of a tile of tokens are. */
-typedef struct {
-    const uint8_t *weights;
+    const uint8_t *first, *weights;
     const int8_t *x;
-    size_t row; /* bytes from one token to the next */
+    size_t step, groups, g;
 } operands;
 
-/* Multiply `n` = 1 or 2 groups; the second lies `step` bytes behind the first. */
-INLINE void begin_products(const operands *of, size_t n, size_t step) {
-    _tile_zero(SUMS0);
-    _tile_loadd(TOKENS0, of->x, of->row);
-    _tile_loadd(WEIGHTS0, of->weights, 64);
-    _tile_dpbssd(SUMS0, TOKENS0, WEIGHTS0);
-    if (n < 2) return;
-    _tile_zero(SUMS1);
-    _tile_loadd(TOKENS1, of->x + FL_GROUP, of->row);
-    _tile_loadd(WEIGHTS1, of->weights + step, 64);
-    _tile_dpbssd(SUMS1, TOKENS1, WEIGHTS1);
+/* Multiply one group: the even ones in one set of tiles, the odd ones in another. */
+INLINE void begin_product(int odd, operands *next) {
+    if (odd) {
+        _tile_zero(SUMS1);
+        _tile_loadd(TOKENS1, next->x, FL_GROUP);
+        _tile_loadd(WEIGHTS1, next->weights, 64);
+        _tile_dpbssd(SUMS1, TOKENS1, WEIGHTS1);
+    } else {
+        _tile_zero(SUMS0);
+        _tile_loadd(TOKENS0, next->x, FL_GROUP);
+        _tile_loadd(WEIGHTS0, next->weights, 64);
+        _tile_dpbssd(SUMS0, TOKENS0, WEIGHTS0);
+    }
+    next->g++;
+    if (next->g < next->groups) {
+        next->x += FL_TALL_TILE * FL_GROUP, next->weights += next->step;
+    } else if (next->g % 2 == 0) {
+        next->x += FL_TALL_TILE * FL_GROUP, next->weights = next->first, next->g = 0;
+    }
 }
 
-INLINE void end_products(tile_sums *sums) {
-    _tile_stored(SUMS0, sums->of[0], 64);
-    _tile_stored(SUMS1, sums->of[1], 64);
+/* Add one group's sums to the accumulators as add_group does, but for the conversion: an integer
+ * becomes the float 1.5 * 2^23 + itself, of which an adder takes 1.5 * 2^23 off. */
+INLINE void add_sums(fl_format format, __m512 acc[FL_TALL_TILE],
+                     const int32_t sums[FL_TALL_TILE][FL_BLOCK_ROWS], const tile_group *w,
+                     const float *scale_x, const float *moment) {
+    const __m512 zero = _mm512_set1_ps(FL_ROUND_MAGIC);
+    __m512 scale = _mm512_load_ps(w->scale);
+    __m512 min = format == FL_Q4M ? _mm512_load_ps(w->min) : scale;
+    UNROLL for (int t = 0; t < FL_TALL_TILE; t++) {
+        __m512i raised = _mm512_add_epi32(_mm512_load_si512(sums[t]), _mm512_castps_si512(zero));
+        __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(raised), zero);
+        __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scale_x[t]));
+        acc[t] = _mm512_fmadd_ps(dot, both, acc[t]);
+        if (format != FL_Q4M) continue;
+        acc[t] = _mm512_fmadd_ps(min, _mm512_set1_ps(moment[t]), acc[t]);
+    }
 }
 
-/* All tokens by one row block. While tiles multiply two groups, the two before them are added up: done
- * one after the other, both would wait. */
+/* All tokens by one row block, in a pipeline: while one group is added, the next one's sums are stored
+ * and the one after that is multiplied. Done one after the other, each would wait for the last. */
 INLINE void multiply_block(fl_format format, float *y, size_t stride, const tile_group *panel,
                            const uint8_t *q8, const fl_act *act) {
     size_t groups = (size_t)act->groups, tokens = (size_t)act->n;
-    size_t step = format == FL_Q8 ? 512 : sizeof *panel;
+    size_t left = (tokens + FL_TALL_TILE - 1) / FL_TALL_TILE * ((groups + 1) / 2); /* pairs */
     const uint8_t *weights = format == FL_Q8 ? q8 : panel->codes;
-    const int8_t *x = (const int8_t *)act->codes;
     const float *scale = act->scale, *moment = act->moment;
-    operands next = {.weights = weights, .x = x, .row = groups * FL_GROUP};
-    tile_sums sums;
-    begin_products(&next, groups == 1 ? 1 : 2, step);
-    end_products(&sums);
+    operands next = {
+        .first = weights,
+        .weights = weights,
+        .x = (const int8_t *)act->codes,
+        .step = format == FL_Q8 ? 512 : sizeof *panel,
+        .groups = groups,
+    };
+    _Alignas(64) int32_t even[FL_TALL_TILE][FL_BLOCK_ROWS], odd[FL_TALL_TILE][FL_BLOCK_ROWS];
+    begin_product(0, &next);
+    _tile_stored(SUMS0, even, 64);
+    begin_product(1, &next);
     for (size_t t0 = 0; t0 < tokens; t0 += FL_TALL_TILE, y += FL_TALL_TILE * stride) {
         __m512 acc[FL_TALL_TILE];
         UNROLL for (int t = 0; t < FL_TALL_TILE; t++) acc[t] = _mm512_setzero_ps();
         for (size_t g = 0; g < groups; g += 2) {
-            if (g + 2 < groups) {
-                next.x += 2 * FL_GROUP, next.weights += 2 * step;
-                begin_products(&next, g + 3 < groups ? 2 : 1, step);
-            } else if (t0 + FL_TALL_TILE < tokens) {
-                next.x = x + (t0 + FL_TALL_TILE) * next.row, next.weights = weights;
-                begin_products(&next, groups == 1 ? 1 : 2, step);
-            }
-            for (size_t i = 0; i < (g + 1 < groups ? 2u : 1u); i++) {
-                const tile_group *w = panel + g + i;
-                __m512 scale_w = _mm512_load_ps(w->scale);
-                __m512 min = format == FL_Q4M ? _mm512_load_ps(w->min) : scale_w;
-                UNROLL for (int t = 0; t < FL_TALL_TILE; t++) {
-                    __m512i dot = _mm512_load_si512(sums.of[i][t]);
-                    acc[t] = add_group(acc[t], dot, scale_w, scale[t]);
-                    if (format != FL_Q4M) continue;
-                    acc[t] = _mm512_fmadd_ps(min, _mm512_set1_ps(moment[t]), acc[t]);
-                }
-                scale += FL_TALL_TILE, moment += FL_TALL_TILE;
-            }
-            end_products(&sums);
+            left--;
+            _tile_stored(SUMS1, odd, 64);
+            if (left) begin_product(0, &next);
+            add_sums(format, acc, even, panel + g, scale, moment);
+            scale += FL_TALL_TILE, moment += FL_TALL_TILE;
+            _tile_stored(SUMS0, even, 64);
+            if (left) begin_product(1, &next);
+            if (g + 1 == groups) continue;
+            add_sums(format, acc, odd, panel + g + 1, scale, moment);
+            scale += FL_TALL_TILE, moment += FL_TALL_TILE;
         }
         UNROLL for (size_t t = 0; t < FL_TALL_TILE; t++) {
             if (t0 + t < tokens) _mm512_storeu_ps(y + t * stride, acc[t]);
