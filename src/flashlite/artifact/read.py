@@ -280,7 +280,8 @@ def _read_into(view: memoryview, file: BinaryIO, start: int, path: Path) -> None
 
 def _read_halves(view: memoryview, file: BinaryIO, start: int, path: Path) -> None:
     """`_read_into` by two threads: the system makes the pages meanwhile, which takes it as long as
-    copying does."""
+    copying does.
+    """
     middle = len(view) // 2
     with ThreadPoolExecutor(1) as another:
         second = another.submit(_read_into, view[middle:], file, start + middle, path)
