@@ -543,6 +543,9 @@ void float_to_half(uint16_t *y, const float *x, size_t n) {
 void exponential(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = fl_exp(x[i]);
 }
+void power_of_two(float *y, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = fl_exp2(x[i]);
+}
 """
 
 
@@ -570,6 +573,9 @@ class Scalar:
 
     def exp(self, x: F32) -> npt.NDArray[Any]:
         return self._map("exponential", x, np.float32)
+
+    def exp2(self, x: F32) -> npt.NDArray[Any]:
+        return self._map("power_of_two", x, np.float32)
 
 
 # ---- NumPy references ----
@@ -604,10 +610,10 @@ def softmax_attention(
     first: npt.NDArray[Any],
     last: npt.NDArray[Any],
 ) -> npt.NDArray[Any]:
-    """Attention in float64: q [n_q, d], k and v [tokens, d]."""
+    """Attention in float64, to the base 2: q [n_q, d], k and v [tokens, d]."""
     scores = q.astype(np.float64) @ k.astype(np.float64).T
     at = np.arange(len(k))
     scores[(at < np.asarray(first)[:, None]) | (at > np.asarray(last)[:, None])] = -np.inf
-    p = np.exp(scores - scores.max(1, keepdims=True))
+    p = np.exp2(scores - scores.max(1, keepdims=True))
     result: npt.NDArray[Any] = p / p.sum(1, keepdims=True) @ v.astype(np.float64)
     return result

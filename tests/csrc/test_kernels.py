@@ -285,7 +285,7 @@ def test_attend_agrees_with_float64(any_kernels: h.Kernels, head_dim: int) -> No
 
 
 def test_attend_keeps_large_and_far_scores(any_kernels: h.Kernels) -> None:
-    """A running maximum that jumps by far more than e^x can hold."""
+    """A running maximum that jumps by far more than 2^x can hold."""
     rng = np.random.default_rng(2)
     pages = h.Pages(rng, 96, 32, fp32=any_kernels.fp32)
     v = rng.normal(0, 1, (96, 32)).astype(np.float32)
@@ -374,6 +374,14 @@ def test_float_to_half_rounds_to_even(scalar: h.Scalar) -> None:
         expected = x.astype(np.float16)
     ours: npt.NDArray[Any] = scalar.float_to_half(x).view(np.float16)
     assert np.array_equal(ours, expected, equal_nan=True)
+
+
+def test_exp2_of_the_softmax(scalar: h.Scalar) -> None:
+    x = np.linspace(-60, 0, 2_000_001, dtype=np.float32)[1:]
+    expected = np.exp2(x.astype(np.float64))
+    assert (np.abs(scalar.exp2(x) / expected - 1)).max() < 3e-6
+    edge = np.array([0, -60, -1e30, -np.inf, np.nan], np.float32)
+    assert np.array_equal(scalar.exp2(edge), [1, 0, 0, 0, 0])
 
 
 def test_exp_is_within_two_ulp(scalar: h.Scalar) -> None:

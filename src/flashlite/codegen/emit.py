@@ -7,6 +7,7 @@ loses nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -69,7 +70,7 @@ def _head(artifact: Artifact, isa: str) -> str:
         f'{have}#include "fl_engine.h"\n\n'
         f"enum {{\n{constants}\n}};\n\n"
         f"static const float NORM_EPS = {_float(spec.norm_eps)};\n"
-        f"static const float Q_SCALE = {_float(spec.softmax_scale)};\n"
+        f"static const float Q_SCALE = {_float(spec.softmax_scale * math.log2(math.e))};\n"
         f"static const float EMBED_SCALE = {_float(spec.embed_scale)};\n"
     )
 

@@ -107,8 +107,8 @@ typedef struct {
     void (*store_kv)(const fl_kv *kv, int32_t position, const float *k, const float *v);
 
     /* Attention of n_q query rows over the positions [first[i], last[i]] of one sequence:
-     *   out[i] = sum_p softmax(q_i . k_p) v_p
-     * q [n_q][head_dim] is roped and already multiplied by the softmax scale; out likewise.
+     *   out[i] = sum_p softmax(q_i . k_p) v_p, to the base 2
+     * q [n_q][head_dim] is roped and already multiplied by the softmax scale and log2(e).
      * In int8: q is quantized per group of 32 like activations; for each page and group of channels
      * the probabilities times the scales of the values, 0 where a query sees no token, are quantized
      * like one group of activations, whose product with the codes of V, D, makes

@@ -68,6 +68,21 @@ INLINE __m256 exp8(__m256 x) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, low, _CMP_LT_OQ), p);
 }
 
+/* fl_exp2 of the lanes of `keep`, 0 in the others. */
+INLINE __m256 exp2_8(__m256 x, __m256 keep) {
+    const __m256 magic = _mm256_set1_ps(FL_ROUND_MAGIC);
+    __m256 raised = _mm256_add_ps(x, magic);
+    __m256 r = _mm256_sub_ps(x, _mm256_sub_ps(raised, magic));
+    __m256 p = _mm256_fmadd_ps(r, _mm256_set1_ps(FL_EXP2_P4), _mm256_set1_ps(FL_EXP2_P3));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(FL_EXP2_P2));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(FL_EXP2_P1));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    __m256i power = _mm256_slli_epi32(_mm256_castps_si256(raised), 23);
+    p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+    keep = _mm256_and_ps(keep, _mm256_cmp_ps(x, _mm256_set1_ps(FL_EXP2_MIN), _CMP_GT_OQ));
+    return _mm256_and_ps(p, keep);
+}
+
 /* ---- quantizing ---- */
 
 /* A group of n <= 32 values, zeros after them. */
@@ -604,10 +619,10 @@ static void softmax_page(const attention *a, int32_t i, span seen) {
     }
     float m = max_lane(top);
     UNROLL for (int j = 0; j < 4; j++) {
-        s[j] = _mm256_and_ps(exp8(_mm256_sub_ps(s[j], _mm256_set1_ps(m))), keep[j]);
+        s[j] = exp2_8(_mm256_sub_ps(s[j], _mm256_set1_ps(m)), keep[j]);
         _mm256_storeu_ps(p + 8 * j, s[j]);
     }
-    a->factor[i] = m > a->m[i] ? fl_exp(a->m[i] - m) : 1.0f;
+    a->factor[i] = m > a->m[i] ? fl_exp2(a->m[i] - m) : 1.0f;
     a->m[i] = m;
     __m256 factor = _mm256_set1_ps(a->factor[i]);
     UNROLL for (int j = 0; j < 2; j++) {

@@ -78,6 +78,21 @@ INLINE __m512 exp16(__m512 x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ), p);
 }
 
+/* fl_exp2 of the lanes of `keep`, 0 in the others. */
+INLINE __m512 exp2_16(__m512 x, __mmask16 keep) {
+    const __m512 magic = _mm512_set1_ps(FL_ROUND_MAGIC);
+    keep = _mm512_mask_cmp_ps_mask(keep, x, _mm512_set1_ps(FL_EXP2_MIN), _CMP_GT_OQ);
+    __m512 raised = _mm512_add_ps(x, magic);
+    __m512 r = _mm512_sub_ps(x, _mm512_sub_ps(raised, magic));
+    __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(FL_EXP2_P4), _mm512_set1_ps(FL_EXP2_P3));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(FL_EXP2_P2));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(FL_EXP2_P1));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    __m512i power = _mm512_slli_epi32(_mm512_castps_si512(raised), 23);
+    power = _mm512_add_epi32(_mm512_castps_si512(p), power);
+    return _mm512_maskz_mov_ps(keep, _mm512_castsi512_ps(power));
+}
+
 /* ---- quantizing ---- */
 
 /* One group of floats, zeros behind its end. */
@@ -131,12 +146,14 @@ INLINE __m256i quantize_group(float *scale, const float *x, int32_t n) {
     return encode(values, 127.0f / amax);
 }
 
-/* Largest magnitudes of four whole groups: halves of vectors are folded for all four at a time. */
-INLINE __m128 magnitudes(const __m512 x[8]) {
+/* Largest magnitudes of four whole groups: halves of vectors are folded for all four at a time.
+ * `positive`: no value is negative or NaN. */
+INLINE __m128 magnitudes(int positive, const __m512 x[8]) {
     __m512 m[4];
     UNROLL for (int g = 0; g < 4; g++) {
-        m[g] = _mm512_max_ps(_mm512_abs_ps(x[2 * g + 1]), _mm512_setzero_ps());
-        m[g] = _mm512_max_ps(_mm512_abs_ps(x[2 * g]), m[g]);
+        m[g] = x[2 * g + 1];
+        if (!positive) m[g] = _mm512_max_ps(_mm512_abs_ps(m[g]), _mm512_setzero_ps());
+        m[g] = _mm512_max_ps(positive ? x[2 * g] : _mm512_abs_ps(x[2 * g]), m[g]);
     }
     __m512 m01 = _mm512_max_ps(_mm512_unpacklo_ps(m[0], m[1]), _mm512_unpackhi_ps(m[0], m[1]));
     __m512 m23 = _mm512_max_ps(_mm512_unpacklo_ps(m[2], m[3]), _mm512_unpackhi_ps(m[2], m[3]));
@@ -197,8 +214,9 @@ INLINE void quantize_one(const slot *to, const float *x, int32_t n) {
 }
 
 /* Four whole groups at a time, all of magnitudes that count; 0 where one does not. */
-INLINE int quantize_values(int32_t codes[32], float scales[4], const __m512 values[8]) {
-    __m128 amax = magnitudes(values);
+INLINE int quantize_values(int positive, int32_t codes[32], float scales[4],
+                           const __m512 values[8]) {
+    __m128 amax = magnitudes(positive, values);
     if (_mm_cmp_ps_mask(amax, _mm_set1_ps(FL_QUANT_TINY), _CMP_GE_OQ) != 15) return 0;
     __m128 inverse = _mm_div_ps(_mm_set1_ps(127.0f), amax);
     __m512 factor[4];
@@ -219,20 +237,16 @@ INLINE int quantize_four(const slot *to, const float *x) {
     int32_t codes[32], offsets[4];
     float scales[4], moments[4];
     UNROLL for (int i = 0; i < 8; i++) values[i] = _mm512_loadu_ps(x + 16 * i);
-    if (!quantize_values(codes, scales, values)) return 0;
+    if (!quantize_values(0, codes, scales, values)) return 0;
     __m512i codes0 = _mm512_loadu_si512(codes), codes1 = _mm512_loadu_si512(codes + 16);
     __m128i sum = sum_fours(codes0, codes1);
     __m128i offset = _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sum, 7));
     __m128 moment = _mm_mul_ps(_mm_loadu_ps(scales), _mm_cvtepi32_ps(sum));
     _mm_storeu_ps(moments, moment);
     _mm_storeu_si128((__m128i *)(void *)offsets, offset);
-    if (to->step == 1) {
-        _mm512_storeu_si512(to->codes, codes0);
-        _mm512_storeu_si512(to->codes + 16, codes1);
-    } else {
-        for (size_t i = 0; i < 32; i++) to->codes[i * to->step] = codes[i];
-    }
     for (size_t i = 0; i < 4; i++) {
+        int32_t *group = to->codes + i * 8 * to->width;
+        for (size_t k4 = 0; k4 < 8; k4++) group[k4 * to->step] = codes[i * 8 + k4];
         to->scale[i * to->width] = scales[i];
         to->moment[i * to->width] = moments[i];
         to->offset[i * to->width] = offsets[i];
@@ -658,11 +672,11 @@ INLINE void softmax(const attention *a, int32_t i, uint32_t mask) {
         top = _mm512_mask_max_ps(top, mask0, p0, top);
         top = fold_max(_mm512_mask_max_ps(top, mask1, p1, top));
         float m = _mm512_cvtss_f32(top);
-        factor = fl_exp(a->m[i] - m);
+        factor = fl_exp2(a->m[i] - m);
         a->m[i] = m;
     }
-    p0 = _mm512_maskz_mov_ps(mask0, exp16(_mm512_sub_ps(p0, top)));
-    p1 = _mm512_maskz_mov_ps(mask1, exp16(_mm512_sub_ps(p1, top)));
+    p0 = exp2_16(_mm512_sub_ps(p0, top), mask0);
+    p1 = exp2_16(_mm512_sub_ps(p1, top), mask1);
     _mm512_storeu_ps(p, p0);
     _mm512_storeu_ps(p + 16, p1);
     a->factor[i] = factor;
@@ -677,6 +691,15 @@ INLINE void weigh(__m512 weights[2], const attention *a, size_t query, size_t gr
     weights[1] = _mm512_mul_ps(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(scales + 16));
 }
 
+/* Quantize one group of weights; `cell` counts the groups of all queries. */
+INLINE void quantize_weight(const attention *a, size_t cell, const __m512 weights[2]) {
+    float x[32];
+    _mm512_storeu_ps(x, weights[0]);
+    _mm512_storeu_ps(x + 16, weights[1]);
+    __m256i codes = quantize_group(a->weight_scale + cell, x, 32);
+    _mm256_storeu_si256((__m256i *)(void *)(a->weights + 8 * cell), codes);
+}
+
 /* Quantize the weights of all queries, four groups at a time; `seen`: the tokens that any query
  * sees. The others may never have been written, and 0 * NaN is not 0. */
 static void quantize_weights(const attention *a, int32_t n_q, const page_view *page,
@@ -689,26 +712,21 @@ static void quantize_weights(const attention *a, int32_t n_q, const page_view *p
             _mm512_storeu_ps(a->value_scales + g * 32 + 16 * half, scales);
         }
     }
-    while (c < cells) {
+    for (; c + 4 <= cells; c += 4) {
         __m512 values[8];
-        int32_t *codes = a->weights + c * 8;
-        float *scale = a->weight_scale + c;
-        size_t n = cells - c < 4 ? cells - c : 4;
-        for (size_t i = 0; i < n; i++) {
+        UNROLL for (int i = 0; i < 4; i++) {
             weigh(values + 2 * i, a, query, group);
             if (++group == groups) group = 0, query++;
         }
-        if (n == 4 && quantize_values(codes, scale, values)) {
-            c += 4;
-            continue;
+        if (!quantize_values(1, a->weights + c * 8, a->weight_scale + c, values)) {
+            UNROLL for (size_t i = 0; i < 4; i++) quantize_weight(a, c + i, values + 2 * i);
         }
-        for (size_t i = 0; i < n; i++, c++) {
-            float x[32];
-            _mm512_storeu_ps(x, values[2 * i]);
-            _mm512_storeu_ps(x + 16, values[2 * i + 1]);
-            __m256i coded = quantize_group(scale + i, x, 32);
-            _mm256_storeu_si256((__m256i *)(void *)(codes + 8 * i), coded);
-        }
+    }
+    for (; c < cells; c++) {
+        __m512 values[2];
+        weigh(values, a, query, group);
+        quantize_weight(a, c, values);
+        if (++group == groups) group = 0, query++;
     }
 }
 

@@ -16,7 +16,7 @@ enum {
 };
 
 static const float NORM_EPS = 0x1.4f8b580000000p-17f;
-static const float Q_SCALE = 0x1.6a09e60000000p-2f;
+static const float Q_SCALE = 0x1.0527dc0000000p-1f;
 static const float EMBED_SCALE = 0x1.0000000000000p+0f;
 
 /* Angle per position of each rotary pair. */

@@ -73,6 +73,7 @@ EMULATE_SET1(set1_epi8, __m512i, char, _mm256_set1_epi8)
 EMULATE_UNARY(cvtepi32_ps, __m512, __m512i, _mm256_cvtepi32_ps)
 EMULATE_UNARY(cvtps_epi32, __m512i, __m512, _mm256_cvtps_epi32)
 EMULATE_UNARY(castsi512_ps, __m512, __m512i, _mm256_castsi256_ps)
+EMULATE_UNARY(castps_si512, __m512i, __m512, _mm256_castps_si256)
 
 FL_EMU __m512 emulate_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     return (__m512){{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]),
@@ -241,6 +242,7 @@ FL_EMU __m128i emulate_cvtsepi32_epi8(__m512i a) {
 #define _mm512_add_ps emulate_add_ps
 #define _mm512_and_si512 emulate_and_si512
 #define _mm512_castsi512_ps emulate_castsi512_ps
+#define _mm512_castps_si512 emulate_castps_si512
 #undef _mm512_cmp_ps_mask
 #define _mm512_cmp_ps_mask(a, b, predicate) emulate_cmp##predicate(a, b)
 #undef _mm512_mask_cmp_ps_mask
