@@ -5,6 +5,7 @@ name, path or artifact  ->  Pulled  ->  Artifact  ->  library
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from flashlite.checkpoint.pull import Pulled, pull
 from flashlite.codegen.emit import emit_model
 from flashlite.codegen.target import Target, host_target
 from flashlite.codegen.toolchain import build_library
-from flashlite.errors import ArtifactError
+from flashlite.errors import ArtifactError, CompileError
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -104,12 +105,23 @@ def make_artifact(
 def compile_artifact(artifact: Artifact, target: Target | None = None) -> Path:
     """The artifact's library for a target, from the cache when it was built before.
 
+    Args:
+        artifact: what to compile.
+        target: None for the machine at hand and the best its CPU and its compiler know.
+
     Raises:
         CompileError: no compiler, or it failed.
         UnsupportedTarget: FL-612.
     """
-    target = target or host_target()
-    return build_library(emit_model(artifact, target.isa), target)
+    chosen = target or host_target()
+    try:
+        return build_library(emit_model(artifact, chosen.isa), chosen)
+    except CompileError:
+        if target is not None or chosen.isa != "amx" or os.environ.get("FLASHLITE_ISA"):
+            raise
+    # A compiler older than the CPU: tiles came with gcc 11 and clang 12.
+    older = host_target("avx512")
+    return build_library(emit_model(artifact, older.isa), older)
 
 
 def artifact_path(pulled: Pulled, preset: str) -> Path:
