@@ -35,18 +35,17 @@ typedef struct {
     float scale[FL_BLOCK_ROWS], min[FL_BLOCK_ROWS];
 } tile_group;
 
-INLINE void unpack_tiles(fl_format format, tile_group *to, const fl_linear *w, int32_t block) {
-    cursor at = cursor_at(format, w, block);
-    for (int32_t g = 0; g < w->groups; g++, to++, advance(format, &at)) {
-        UNROLL for (size_t k4 = 0; k4 < 8 && format != FL_Q8; k4++) {
-            __m512i four = columns(format, at.codes, k4);
-            if (format == FL_Q4) four = _mm512_sub_epi8(four, _mm512_set1_epi8(8));
-            _mm512_store_si512(to->codes + 64 * k4, four);
-        }
-        _mm512_store_ps(to->scale, load_half(at.scales));
-        if (format == FL_Q4M) _mm512_store_ps(to->min, load_half(at.mins));
+/* Unpack the group at `from`, which moves on; memory is asked for what comes later. */
+INLINE void unpack_group(fl_format format, tile_group *to, cursor *from) {
+    prefetch_group(format, from, AHEAD / code_bytes(format), 0, 1);
+    UNROLL for (size_t k4 = 0; k4 < 8 && format != FL_Q8; k4++) {
+        __m512i four = columns(format, from->codes, k4);
+        if (format == FL_Q4) four = _mm512_sub_epi8(four, _mm512_set1_epi8(8));
+        _mm512_store_si512(to->codes + 64 * k4, four);
     }
-    __asm__ volatile("" : : : "memory"); /* tile loads do not tell the compiler what they read */
+    _mm512_store_ps(to->scale, load_half(from->scales));
+    if (format == FL_Q4M) _mm512_store_ps(to->min, load_half(from->mins));
+    advance(format, from);
 }
 
 /* Where the next product's operands are: the groups of a row block, then again for the next tile of
@@ -98,9 +97,11 @@ INLINE void add_sums(fl_format format, __m512 acc[FL_TALL_TILE],
 }
 
 /* All tokens by one row block, in a pipeline: while one group is added, the next one's sums are stored
- * and the one after that is multiplied. Done one after the other, each would wait for the last. */
+ * and the one after that is multiplied. Done one after the other, each would wait for the last. The
+ * first tokens' additions also cover the unpacking of the next block, where `coming` is one. */
 INLINE void multiply_block(fl_format format, float *y, size_t stride, const tile_group *panel,
-                           const uint8_t *q8, const fl_act *act) {
+                           const uint8_t *q8, tile_group *next_panel, cursor *coming,
+                           const fl_act *act) {
     size_t groups = (size_t)act->groups, tokens = (size_t)act->n;
     size_t left = (tokens + FL_TALL_TILE - 1) / FL_TALL_TILE * ((groups + 1) / 2); /* pairs */
     const uint8_t *weights = format == FL_Q8 ? q8 : panel->codes;
@@ -125,9 +126,11 @@ INLINE void multiply_block(fl_format format, float *y, size_t stride, const tile
             if (left) begin_product(0, &next);
             add_sums(format, acc, even, panel + g, scale, moment);
             scale += FL_TALL_TILE, moment += FL_TALL_TILE;
+            if (t0 == 0 && coming) unpack_group(format, next_panel + g, coming);
             _tile_stored(SUMS0, even, 64);
             if (left) begin_product(1, &next);
             if (g + 1 == groups) continue;
+            if (t0 == 0 && coming) unpack_group(format, next_panel + g + 1, coming);
             add_sums(format, acc, odd, panel + g + 1, scale, moment);
             scale += FL_TALL_TILE, moment += FL_TALL_TILE;
         }
@@ -139,10 +142,18 @@ INLINE void multiply_block(fl_format format, float *y, size_t stride, const tile
 
 INLINE void multiply_tiles(fl_format format, float *y, size_t stride, const fl_linear *w,
                            int32_t block0, int32_t block1, const fl_act *act, tile_group *panel) {
+    tile_group *next_panel = panel + w->groups;
+    const uint8_t *q8 = w->codes + (size_t)block0 * (size_t)w->groups * 512;
+    cursor at = cursor_at(format, w, block0);
+    for (int32_t g = 0; g < w->groups; g++) unpack_group(format, panel + g, &at);
     for (int32_t b = block0; b < block1; b++, y += FL_BLOCK_ROWS) {
-        const uint8_t *q8 = w->codes + (size_t)b * (size_t)w->groups * 512;
-        unpack_tiles(format, panel, w, b);
-        multiply_block(format, y, stride, panel, q8, act);
+        /* Tile loads do not tell the compiler what they read. */
+        __asm__ volatile("" : : : "memory");
+        cursor *coming = b + 1 < block1 ? &at : NULL;
+        multiply_block(format, y, stride, panel, q8, next_panel, coming, act);
+        tile_group *done = panel;
+        panel = next_panel, next_panel = done;
+        q8 += (size_t)w->groups * 512;
     }
 }
 
@@ -164,7 +175,7 @@ static void gemm_tiles(float *y, size_t stride, const fl_linear *w, int32_t bloc
 const fl_kernels fl_kernels_amx = {
     .isa = "amx",
     .fp32 = 0,
-    .tall_from = 32,
+    .tall_from = 13, /* from there on the tokens that a tile lacks cost less than it gains */
     .quantize = quantize,
     .gemv = gemv,
     .gemm = gemm_tiles,
