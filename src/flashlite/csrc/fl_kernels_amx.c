@@ -35,9 +35,11 @@ typedef struct {
     float scale[FL_BLOCK_ROWS], min[FL_BLOCK_ROWS];
 } tile_group;
 
+#define UNPACK_AHEAD 3072 /* bytes of weights that are asked for before they are unpacked */
+
 /* Unpack the group at `from`, which moves on; memory is asked for what comes later. */
 INLINE void unpack_group(fl_format format, tile_group *to, cursor *from) {
-    prefetch_group(format, from, AHEAD / code_bytes(format), 0, 1);
+    prefetch_group(format, from, UNPACK_AHEAD / code_bytes(format), 0, 1);
     UNROLL for (size_t k4 = 0; k4 < 8 && format != FL_Q8; k4++) {
         __m512i four = columns(format, from->codes, k4);
         if (format == FL_Q4) four = _mm512_sub_epi8(four, _mm512_set1_epi8(8));

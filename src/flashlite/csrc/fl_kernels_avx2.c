@@ -28,7 +28,7 @@
 
 /* Tokens of a tile that share a pass over packed weights: 6 sums, the results and operands. */
 #define FEW 3
-#define AHEAD 3072 /* bytes of codes to ask memory for in advance: q4m gains most, a third */
+#define AHEAD 8192 /* bytes of codes to ask memory for in advance: q4m gains most, a third */
 
 /* ---- vectors ---- */
 

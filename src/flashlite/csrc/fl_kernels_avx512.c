@@ -28,7 +28,7 @@
 #define UNROLL_COLUMNS _Pragma("GCC unroll 8")
 #endif
 
-#define AHEAD 3072 /* bytes of weights that gemv asks for before it needs them */
+#define AHEAD 8192 /* bytes of weights that gemv asks for before it needs them */
 
 INLINE void prefetch(const void *base, size_t offset) {
     _mm_prefetch((const char *)((uintptr_t)base + offset), _MM_HINT_T0); /* may lie past the end */
