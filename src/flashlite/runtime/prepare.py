@@ -18,18 +18,27 @@ from flashlite.checkpoint.pull import Pulled, pull
 from flashlite.codegen.emit import emit_model
 from flashlite.codegen.target import Target, host_target
 from flashlite.codegen.toolchain import build_library
-from flashlite.errors import ArtifactError
+from flashlite.errors import (
+    ArtifactError,
+    CompileError,
+    CompressError,
+    UnsupportedTarget,
+    UsageError,
+)
 
 __all__ = [
     "DEFAULT_MODEL",
+    "SPLIT_HEAD",
     "Progress",
     "artifact_path",
     "compile_artifact",
     "find_artifact",
     "make_artifact",
+    "split_head",
 ]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+SPLIT_HEAD = ("auto", "off", "on")
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something long runs."""
@@ -70,9 +79,17 @@ def find_artifact(
 
 
 def make_artifact(
-    pulled: Pulled, preset: str, directory: Path, *, progress: Progress | None = None
+    pulled: Pulled,
+    preset: str,
+    directory: Path,
+    *,
+    head: str = "auto",
+    progress: Progress | None = None,
 ) -> Artifact:
     """Quantize a pulled checkpoint into `directory`; it appears whole or not at all.
+
+    Args:
+        head: `split_head`'s mode.
 
     Raises:
         FlashliteError: the checkpoint, its tokenizer or the disk is at fault.
@@ -86,7 +103,7 @@ def make_artifact(
     checkpoint = open_checkpoint(pulled.path)
     source = describe(checkpoint)
     tokenizer = build_tokenizer_checked(checkpoint)
-    return quantize(
+    artifact = quantize(
         source,
         tokenizer,
         directory,
@@ -99,6 +116,64 @@ def make_artifact(
         },
         progress=_stage(progress, "quantize"),
     )
+    return split_head(artifact, head, progress=progress)
+
+
+def split_head(artifact: Artifact, mode: str, *, progress: Progress | None = None) -> Artifact:
+    """Give an artifact a split head, fitted to text sampled from the model, and write it anew.
+
+    Args:
+        artifact: its other tensors stay as they are.
+        mode: `off`: none; `auto`: one where it is good enough and saves enough, and the model can
+            be compiled here; `on`: one, or an error.
+
+    Raises:
+        UsageError: there is no such mode.
+        CompressError: `on`, and no screen is good enough.
+        FlashliteError: `on`, and the model cannot be compiled or opened here.
+    """
+    if mode not in SPLIT_HEAD:
+        raise UsageError(f"split head is {mode!r}, choose one of {', '.join(SPLIT_HEAD)}")
+    if mode == "off":
+        return artifact
+    from flashlite.artifact.read import load_weights, packed
+    from flashlite.artifact.write import add_screen
+    from flashlite.compress.split_head import fit_screen, head_bytes, is_worth_trying
+    from flashlite.runtime.states import sample_states
+
+    spec, weights = artifact.spec, load_weights(artifact)
+    table = packed(artifact, weights, "head")
+    # A step reads one row of a look-up table that is stored apart.
+    apart = {"embed"} if artifact.stored_name("head") == "head" else set()
+    read = sum(t.nbytes for n, t in artifact.tensors.items() if n.split(".")[0] not in apart)
+    body = read - head_bytes(table)
+    if mode == "auto" and not is_worth_trying(table, body):
+        return artifact
+    try:
+        fitting = sample_states(artifact, progress=_stage(progress, "sample"))
+        checking = sample_states(artifact, check=True, seed=1 << 20)
+    except (CompileError, UnsupportedTarget):
+        if mode == "auto":
+            return artifact
+        raise
+    fitted = fit_screen(
+        table,
+        (spec.vocab_size, spec.d_model),
+        fitting.values,
+        checking.values,
+        body_bytes=body,
+        always=artifact.tokens.eos,
+        must_save=mode == "auto",
+        progress=_stage(progress, "split head"),
+    )
+    if fitted is None:
+        if mode == "auto":
+            return artifact
+        raise CompressError(
+            f"{artifact.name}: no split head keeps the likeliest tokens exact often enough; "
+            "leave it to --split-head auto"
+        )
+    return add_screen(artifact, fitted)
 
 
 def compile_artifact(artifact: Artifact, target: Target | None = None) -> Path:
