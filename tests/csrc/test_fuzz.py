@@ -50,6 +50,7 @@ def test_random_batches_are_clean_or_refused(folder: Path, tiny_gguf: Path, head
     if head == "full":
         small = quantize_small(FAMILIES / "gemma3", "import", folder / "full.fl")
     else:
-        whole, cut = quantize_small(tiny_gguf, "q8", folder / "whole.fl"), Cut(0.2, 16)
-        small = with_screen(whole, folder / "split.fl", fit(whole), coarse=cut, fine=cut)
+        whole = quantize_small(tiny_gguf, "q8", folder / "whole.fl")
+        cuts = {"coarse": Cut(0.2, 256), "fine": Cut(0.2, 16)}
+        small = with_screen(whole, folder / "split.fl", fit(whole), **cuts)
     run(f.random_program(folder / f"engine.{head}", f.host_tables(), f.Model.of(small)))

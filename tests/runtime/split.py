@@ -33,7 +33,7 @@ def states_of(small: Small, ids: NDArray[np.int32]) -> Floats:
 
 
 def fit(small: Small, *, gates: Gates = ANY) -> Fitted:
-    """A screen of half of the columns, fitted to random text."""
+    """A screen of 32 columns, fitted to random text."""
     spec = small.artifact.spec
     head = packed(small.artifact, small.weights, "head")
     n = min(200, spec.max_context)
@@ -63,12 +63,12 @@ def with_screen(small: Small, folder: Path, fitted: Fitted, *, coarse: Cut, fine
 
 @dataclass(frozen=True)
 class Estimates:
-    """What the C should find for every state, by NumPy: [n, vocab] estimates, [n, blocks] cuts."""
+    """What the C should find for every state, by NumPy."""
 
-    final: Floats
-    twice: NDArray[np.bool_]
-    exact: NDArray[np.bool_]
-    nearest: Floats  # [n] how far the closest block is from a bar
+    final: Floats  # [n, vocab]
+    twice: NDArray[np.bool_]  # [n, vocab]
+    exact: NDArray[np.bool_]  # [n, blocks]
+    nearest: Floats  # [n] how far the closest row is from a bar
 
 
 def estimates(small: Small, hidden: Floats) -> Estimates:
@@ -83,7 +83,8 @@ def estimates(small: Small, hidden: Floats) -> Estimates:
         return small.weights[entry.offset : entry.offset + entry.nbytes].view(np.float32)
 
     def table(name: str, cols: int) -> Floats:
-        return dequantize(_packed(small, artifact, name), vocab, cols)
+        packed = _packed(small, artifact, name)
+        return dequantize(in_blocks(packed) if name == REST else packed, vocab, cols)
 
     h = round_like_kernels(hidden)
     x = h @ array("project").reshape(d, d).T + array("shift")
@@ -103,25 +104,31 @@ def estimates(small: Small, hidden: Floats) -> Estimates:
         most: Floats = by_block(np.ascontiguousarray(values.T), np.maximum).T
         return most
 
-    wrong = errors("spread", np.linalg.norm(x[:, rank:], axis=1))
+    wrong = rows(errors("spread", np.linalg.norm(x[:, rank:], axis=1)))
     plain = first.copy()
-    first -= rows(half_square(wrong))
-    peaks = tops(first)
-    bar = np.sort(peaks, axis=1)[:, -min(SURE, blocks)] - screen.coarse.reach
-    always = array("spread") < 0
-    gaps = peaks + MARGIN * wrong - bar[:, None]
+    first -= half_square(wrong)
+    bar = np.sort(tops(first), axis=1)[:, -min(SURE, blocks)] - screen.coarse.reach
+    always = rows(np.broadcast_to(array("spread") < 0, (len(x), blocks)))
+    gaps = first + MARGIN * wrong - bar[:, None]
     twice = (gaps >= 0) | always
     rest = round_like_kernels(x[:, rank:]) @ table(REST, d - rank).T
-    less = errors("rest_spread", np.linalg.norm(x, axis=1))
-    second = plain + rest - rows(half_square(less))
-    final: Floats = np.where(rows(twice.astype(np.float32)) > 0, second, first)
-    peaks = np.where(twice, tops(final), -np.inf)
-    bar = np.sort(peaks, axis=1)[:, -min(SURE, blocks)]
-    bar = np.where(np.isfinite(bar), bar, np.where(twice, peaks, np.inf).min(axis=1))
-    bar = bar - screen.fine.reach
-    close = np.where(twice, peaks + MARGIN * less - bar[:, None], -np.inf)
+    less = rows(errors("rest_spread", np.linalg.norm(x, axis=1)))
+    final: Floats = np.where(twice, plain + rest - half_square(less), first)
+    seconds = np.sort(np.where(twice, final, -np.inf), axis=1)
+    place = vocab - np.minimum(twice.sum(axis=1), SURE)
+    bar = seconds[np.arange(len(x)), place] - screen.fine.reach
+    close = np.where(twice, final + MARGIN * less - bar[:, None], -np.inf)
+    exact = (close >= 0) | (always & twice)
     nearest: Floats = np.minimum(np.abs(gaps).min(axis=1), np.abs(close).min(axis=1))
-    return Estimates(final, twice, (close >= 0) | always, nearest)
+    return Estimates(final, twice, tops(exact.astype(np.float32)) > 0, nearest)
+
+
+def in_blocks(stored: Packed) -> Packed:
+    """Of a table stored row by row."""
+    blocks, groups, _ = stored.codes.shape
+    codes = stored.codes.reshape(blocks, BLOCK_ROWS, groups, 4, 4).transpose(0, 2, 3, 1, 4)
+    scales = stored.scales.reshape(blocks, BLOCK_ROWS, groups).transpose(0, 2, 1)
+    return Packed(stored.format, codes.reshape(blocks, groups, -1), scales)
 
 
 def half_square(x: Floats) -> Floats:

@@ -67,7 +67,7 @@ def fitted(plain: Small) -> Fitted:
 @pytest.fixture(scope="module")
 def split(plain: Small, fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Small:
     folder = tmp_path_factory.mktemp("split") / "split.fl"
-    return with_screen(plain, folder, fitted, coarse=Cut(0.2, 32), fine=Cut(0.0, 32))
+    return with_screen(plain, folder, fitted, coarse=Cut(0.2, 505), fine=Cut(0.0, 32))
 
 
 def logits(
@@ -166,7 +166,7 @@ def test_a_row_that_asks_for_it_is_exact(plain: Small, split: Small) -> None:
     assert np.array_equal(got, logits(plain, ids))
 
 
-@pytest.mark.parametrize("cuts", [(Cut(0.2, 1), Cut(0, 32)), (Cut(0.2, 32), Cut(0, 1))])
+@pytest.mark.parametrize("cuts", [(Cut(0.2, 1), Cut(0, 32)), (Cut(0.2, 505), Cut(0, 1))])
 def test_what_exceeds_a_limit_is_computed_in_full(
     plain: Small, fitted: Fitted, tmp_path: Path, cuts: tuple[Cut, Cut]
 ) -> None:
@@ -184,7 +184,7 @@ def test_a_screen_that_misleads_is_found_out(plain: Small, fitted: Fitted, tmp_p
     bias = fitted.arrays["screen.bias"].copy()
     bias[: 24 * BLOCK_ROWS] += 100
     wrong = Fitted(fitted.screen, {**fitted.arrays, "screen.bias": bias}, fitted.trials)
-    small = with_screen(plain, tmp_path / "s.fl", wrong, coarse=Cut(0, 32), fine=Cut(0, 32))
+    small = with_screen(plain, tmp_path / "s.fl", wrong, coarse=Cut(0, 505), fine=Cut(0, 32))
     ids = small.ids(N)
     with small.open("plain") as engine:
         got = all_logits(engine, engine.new_sequence(N), ids)

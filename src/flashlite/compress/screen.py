@@ -1,7 +1,7 @@
 """`Screen`: what an artifact says of its split head, and which tensors that means.
 
     screen            [vocab, rank]       4-bit table: a first estimate of every logit
-    screen.rest       [vocab, d - rank]   its other columns: a second estimate of some
+    screen.rest       [vocab, d - rank]   its other columns, row by row: a second estimate of some
     screen.project    [d * d]             from what the head reads to the table's input, row by row
     screen.shift      [d]                 added to that
     screen.mean       [d]                 the mean row of the head, left out of the table
@@ -19,13 +19,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flashlite.compress.pack import GROUP, blocks_of
+import numpy as np
+from numpy.typing import NDArray
+
+from flashlite.compress.pack import BLOCK_ROWS, GROUP, blocks_of
 from flashlite.errors import CompressError
 
 if TYPE_CHECKING:
     from flashlite.model.spec import ModelSpec
 
-__all__ = ["REST", "SCREEN", "Cut", "Screen", "screen_shapes"]
+__all__ = ["REST", "SCREEN", "Cut", "Screen", "by_row", "screen_shapes"]
 
 SCREEN = "screen"  # the table's stored name, and what the others begin with
 REST = "screen.rest"
@@ -36,26 +39,26 @@ _MOST_MEASURED = 32  # figures
 
 @dataclass(frozen=True)
 class Cut:
-    """Which blocks of 16 rows go on to the next stage.
+    """What goes on to the next stage.
 
     Attributes:
-        reach: those that may reach so many nats below the 20th largest block.
+        reach: what may reach so many nats below the 20th largest estimate.
         limit: at most so many; a row of logits that needs more is computed in full.
     """
 
     reach: float
     limit: int
 
-    def check(self, blocks: int) -> None:
-        """Refuse what does not fit a vocabulary of so many blocks.
+    def check(self, n: int) -> None:
+        """Refuse what does not fit a vocabulary of so many rows, or blocks.
 
         Raises:
             CompressError: naming the value and its limits.
         """
         if not 0 <= self.reach <= _MOST_REACH:  # a NaN fails it too
             raise CompressError(f"a screen's reach is {self.reach}, allowed 0 to {_MOST_REACH:g}")
-        if not 1 <= self.limit <= blocks:
-            raise CompressError(f"a screen's limit is {self.limit}, allowed 1 to {blocks}")
+        if not 1 <= self.limit <= n:
+            raise CompressError(f"a screen's limit is {self.limit}, allowed 1 to {n}")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -81,8 +84,8 @@ class Screen:
 
     Attributes:
         rank: columns of the table that every logit is first estimated with.
-        coarse: what is estimated with all columns.
-        fine: what of that is computed exactly.
+        coarse: rows that are estimated with all columns.
+        fine: blocks of 16 rows, around some of these, that are computed exactly.
         measured: figures by name, such as the share of largest logits that were exact.
     """
 
@@ -102,7 +105,7 @@ class Screen:
                 f"the screen has rank {self.rank}, allowed multiples of {GROUP} below "
                 f"{spec.d_model}"
             )
-        self.coarse.check(blocks_of(spec.vocab_size))
+        self.coarse.check(spec.vocab_size)
         self.fine.check(blocks_of(spec.vocab_size))
 
     def to_json(self) -> dict[str, Any]:
@@ -150,6 +153,17 @@ def screen_shapes(spec: ModelSpec, screen: Screen) -> dict[str, tuple[int, ...]]
         f"{SCREEN}.spread": (blocks,),
         f"{SCREEN}.rest_spread": (blocks,),
     }
+
+
+def by_row(packed: NDArray[Any]) -> NDArray[Any]:
+    """Codes or scales of blocks, each row of a block in one piece: how `screen.rest` is stored.
+
+    [blocks, groups, 4, 16, 4 bytes] -> [blocks, 16, groups, 4, 4 bytes], scales likewise; the
+    shape stays [blocks, groups, ...].
+    """
+    blocks, groups, size = packed.shape
+    cells = packed.reshape(blocks, groups, -1, BLOCK_ROWS, 4 if size > BLOCK_ROWS else 1)
+    return np.ascontiguousarray(cells.transpose(0, 3, 1, 2, 4)).reshape(packed.shape)
 
 
 def _is_int(value: object) -> bool:

@@ -36,9 +36,9 @@ __all__ = [
 ]
 
 MARGIN = np.float32(2)  # standard deviations that a value may lie above its estimate
-SURE = 20  # blocks whose estimates set the bar: FL_SURE
-_COARSE = (3.0, 4.0, 5.0, 5.5, 6.0, 6.5, 7.0)  # nats
-_FINE = (1.0, 2.0, 3.0, 4.0)
+SURE = 20  # estimates that set the bar: FL_SURE
+_COARSE = (6.0, 6.5, 7.0, 7.5, 8.0)  # nats
+_FINE = (2.0, 3.0, 4.0, 5.0)
 _TOP = 20
 _APART = 2.0  # bytes read in order in the time of one that is not
 
@@ -75,8 +75,8 @@ class Trial:
     top20: float
     kl: float
     full: float
-    estimated: float  # mean number of blocks estimated with all columns
-    exact: float  # mean number computed exactly
+    estimated: float  # mean number of rows estimated with all columns
+    exact: float  # mean number of blocks computed exactly
     nbytes: float  # read per row of logits, on average
     cost: float  # the same, blocks that lie apart counted for what they take
 
@@ -142,7 +142,7 @@ class Measurement:
 
         Args:
             bands: the full head.
-            limits: blocks estimated twice, and computed exactly, beyond which a state is
+            limits: rows estimated twice, and blocks computed exactly, beyond which a state is
                 computed in full.
             full_bytes: what that reads.
         """
@@ -151,7 +151,10 @@ class Measurement:
             np.maximum(self._largest, logits.max(axis=0), out=self._largest)
             self._note_top(row, logits)
             for peaks, estimates in zip(self._peaks, self._estimates(row, len(band)), strict=True):
-                both = np.concatenate((peaks, by_block(estimates, np.maximum)))
+                last = peaks is self._peaks[-1]
+                both = np.concatenate(
+                    (peaks, estimates if last else by_block(estimates, np.maximum))
+                )
                 peaks[:] = -np.partition(-both, SURE - 1, axis=0)[:SURE]
         bars = self._peaks.min(axis=1)  # the SURE-th largest of each rank
         cuts = [
@@ -172,17 +175,22 @@ class Measurement:
             member = self._members(row, len(band))
             guesses, crosses, reached = [], [], []
             for rank, estimates in zip(self._ranks, self._estimates(row, len(band)), strict=True):
-                guesses.append(by_block(np.exp(estimates - self._largest), np.add))
-                crosses.append(by_block(weights * (logits - estimates), np.add))
-                top = by_block(estimates, np.maximum) + MARGIN * self._errors(rank, blocks)
-                top[self._table.always[blocks]] = np.inf
-                reached.append(top)
+                guesses.append(np.exp(estimates - self._largest))
+                crosses.append(weights * (logits - estimates))
+                margin = MARGIN * self._errors(rank, blocks)
+                margin[self._table.always[blocks]] = np.inf
+                reached.append(estimates + np.repeat(margin, BLOCK_ROWS, axis=0)[: len(band)])
+            done = None
             for (i, coarse, fine), total in zip(cuts, sums, strict=True):
-                twice = reached[i] >= bars[i] - np.float32(coarse)
-                exact = twice & (reached[-1] >= bars[-1] - np.float32(fine))
-                guess = np.where(twice, guesses[-1], guesses[i])
-                cross = np.where(twice, crosses[-1], crosses[i])
-                total.add(twice, exact, mass, guess, cross, most, member)
+                if done != (i, coarse):  # what does not depend on `fine`
+                    done = (i, coarse)
+                    twice = reached[i] >= bars[i] - np.float32(coarse)
+                    counts = twice.sum(axis=0)
+                    guess = by_block(np.where(twice, guesses[-1], guesses[i]), np.add)
+                    cross = by_block(np.where(twice, crosses[-1], crosses[i]), np.add)
+                    top = by_block(np.where(twice, reached[-1], -np.inf), np.maximum)
+                exact = top >= bars[-1] - np.float32(fine)
+                total.add(counts, exact, mass, guess, cross, most, member)
         return [
             self._trial(i, coarse, fine, total, z, bars, limits, full_bytes)
             for (i, coarse, fine), total in zip(cuts, sums, strict=True)
@@ -246,10 +254,10 @@ class Measurement:
         full = (sums.twice > limits[0]) | (sums.exact > limits[1]) | (sums.best < bar)
         kl = np.where(full, 0, sums.cross / z + np.log((sums.chosen + sums.guessed) / z))
         rows, cols, rank = len(self._table.bias), self._exact.shape[1], self._ranks[i]
-        blocks, cell = blocks_of(rows), CODE_BYTES["q4"] + 2 * BLOCK_ROWS
+        blocks, cell = blocks_of(rows), CODE_BYTES["q4"] + 2 * BLOCK_ROWS  # of a block and group
         screen = blocks * groups_of(rank) * cell + rows * 4 + blocks * 4 + cols * cols * 4
         each = full_bytes / blocks
-        read = sums.twice * groups_of(cols - rank) * cell + sums.exact * each
+        read = sums.twice * groups_of(cols - rank) * cell / BLOCK_ROWS + sums.exact * each
         top = min(_TOP, rows)
         return Trial(
             rank=rank,
@@ -273,7 +281,7 @@ class _Sums:
     """What a pass over the vocabulary adds up for one rank and its reaches, by state."""
 
     def __init__(self, n: int) -> None:
-        self.twice = np.zeros(n)  # blocks
+        self.twice = np.zeros(n)  # rows
         self.exact = np.zeros(n)  # blocks
         self.chosen = np.zeros(n)  # probability mass of exact logits, before division
         self.guessed = np.zeros(n)  # of estimates
@@ -283,7 +291,7 @@ class _Sums:
 
     def add(
         self,
-        twice: NDArray[np.bool_],
+        twice: NDArray[np.integer],
         exact: NDArray[np.bool_],
         mass: _F32,
         guess: _F32,
@@ -291,8 +299,8 @@ class _Sums:
         most: _F32,
         member: _Members,
     ) -> None:
-        """Add a band; the arrays are [blocks, states]."""
-        self.twice += twice.sum(axis=0)
+        """Add a band: `twice` [states], the others [blocks, states]."""
+        self.twice += twice
         self.exact += exact.sum(axis=0)
         self.chosen += np.where(exact, mass, 0).sum(axis=0)
         self.guessed += np.where(exact, 0, guess).sum(axis=0)

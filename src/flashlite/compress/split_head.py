@@ -15,7 +15,7 @@ whitened without equal spread at 320 columns 3.2 / 1.5, with it 1.15 / 0.84.
 
 The error of an estimate is at most |what the table leaves out of the row| |what it leaves out of
 the state|, by Cauchy and Schwarz: sqrt(columns left out), 20 times, as wide as the errors that
-occur, and most of the vocabulary would pass. So a block's margin is that product less this factor,
+occur, and most of the vocabulary would pass. So a row's margin is that product less this factor,
 in standard deviations, and rank and reach are chosen by measurement, on text that the fit has not
 seen.
 """
@@ -40,7 +40,7 @@ from flashlite.compress.pack import (
     pack,
 )
 from flashlite.compress.quantize import quantize_matrix
-from flashlite.compress.screen import REST, SCREEN, Cut, Screen
+from flashlite.compress.screen import REST, SCREEN, Cut, Screen, by_row
 from flashlite.compress.screen_trials import (
     Bands,
     Basis,
@@ -141,7 +141,7 @@ def fit_screen(
     basis = _fit_basis(bands, shape, fitting)
     table = _build_table(bands, shape, basis, always, ranks)
     blocks = blocks_of(rows)
-    limits = (max(1, blocks * 7 // 8), max(1, blocks // 4))
+    limits = (max(1, rows // 3), max(1, blocks // 4))
     trials = Measurement(basis, table, checking).run(bands, limits, head_bytes(head))
     chosen = _choose(trials, gates or Gates())
     if chosen is None or (must_save and not _pays(head_bytes(head), chosen.cost, body_bytes)):
@@ -155,7 +155,7 @@ def fit_screen(
             "top20_contained": round(chosen.top20, 5),
             "kl": round(chosen.kl, 6),
             "full": round(chosen.full, 5),
-            "blocks_estimated": round(chosen.estimated, 1),
+            "rows_estimated": round(chosen.estimated, 1),
             "blocks_exact": round(chosen.exact, 1),
             "bytes": round(chosen.nbytes),
             "head_bytes": head_bytes(head),
@@ -172,8 +172,8 @@ def _arrays(basis: Basis, table: Table, rank: int) -> dict[str, NDArray[Any]]:
     return {
         f"{SCREEN}.codes": np.ascontiguousarray(codes[:, :groups]),
         f"{SCREEN}.scales": np.ascontiguousarray(scales[:, :groups]),
-        f"{REST}.codes": np.ascontiguousarray(codes[:, groups:]),
-        f"{REST}.scales": np.ascontiguousarray(scales[:, groups:]),
+        f"{REST}.codes": by_row(codes[:, groups:]),
+        f"{REST}.scales": by_row(scales[:, groups:]),
         f"{SCREEN}.project": basis.project.ravel(),
         f"{SCREEN}.shift": basis.shift,
         f"{SCREEN}.mean": basis.mean,
@@ -184,9 +184,9 @@ def _arrays(basis: Basis, table: Table, rank: int) -> dict[str, NDArray[Any]]:
 
 
 def _default_ranks(cols: int) -> list[int]:
-    """Whole groups from about a quarter of the columns to a half."""
+    """Whole groups from about a fifth of the columns to two fifths."""
     groups = groups_of(cols)
-    ranks = {GROUP * max(1, round(groups * share)) for share in (0.3, 0.4, 0.5)}
+    ranks = {GROUP * max(1, round(groups * share)) for share in (0.2, 0.3, 0.4)}
     return sorted(rank for rank in ranks if rank < cols)
 
 

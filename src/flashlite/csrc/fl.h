@@ -100,8 +100,8 @@ FL_API fl_status fl_page_write(fl_engine *engine, uint32_t page, const void *fro
 typedef struct {
     uint64_t rows;   /* of logits that were screened */
     uint64_t full;   /* of these: computed in full, since the screen could not tell */
-    uint64_t estimated; /* blocks of 16 logits that the others estimated with all columns, */
-    uint64_t exact;     /* and computed exactly */
+    uint64_t estimated; /* logits that the others estimated with all columns, */
+    uint64_t exact;     /* blocks of 16 that they computed exactly */
 } fl_head_counts;
 
 FL_API void fl_count_head(const fl_engine *engine, fl_head_counts *counts);

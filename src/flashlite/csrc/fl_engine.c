@@ -76,6 +76,8 @@ static size_t lay_out(fl_engine *e, uint8_t *memory, uint32_t n_threads) {
         e->exact_rows = carve(&c, rows * (size_t)m->d_model * f);
         e->screen_rows = carve(&c, rows * (size_t)m->d_model * f);
         e->tops = carve(&c, blocks * f);
+        e->rows = carve(&c, (size_t)m->screen->coarse.limit * sizeof(int32_t));
+        e->blocks = carve(&c, (size_t)m->screen->fine.limit * sizeof(int32_t));
     }
 
     int32_t panel_groups = s->in_groups > s->hidden_groups ? s->in_groups : s->hidden_groups;
@@ -90,8 +92,11 @@ static size_t lay_out(fl_engine *e, uint8_t *memory, uint32_t n_threads) {
         t.panel = carve(&c, FL_PANEL_BYTES(panel_groups));
         t.attend = carve(&c, FL_ATTEND_BYTES(m->head_dim));
         if (m->screen) {
-            t.coarse = carve(&c, (size_t)m->screen->coarse.limit * sizeof(int32_t));
-            t.fine = carve(&c, (size_t)m->screen->fine.limit * sizeof(int32_t));
+            int32_t rows = m->screen->coarse.limit, most = m->screen->fine.limit;
+            size_t groups = (size_t)ceil_to(m->screen->rest.cols, FL_GROUP) / FL_GROUP;
+            t.passing = carve(&c, (size_t)(rows > most ? rows : most) * sizeof(int32_t));
+            t.block_codes = carve(&c, groups * 4 * FL_BLOCK_ROWS * sizeof(uint32_t));
+            t.block_scales = carve(&c, groups * FL_BLOCK_ROWS * sizeof(uint16_t));
         }
         if (memory) e->threads[i] = t;
     }

@@ -36,8 +36,8 @@ typedef struct {
     size_t halves; /* FL_NONE when `packed` holds the table */
 } fl_table;
 
-/* Which blocks of 16 rows a stage of the split head hands on: those that may reach `reach` below
- * the 20th largest block; a row of logits that has more than `limit` goes through the full head. */
+/* What a stage of the split head hands on: what may reach `reach` below its 20th largest estimate;
+ * a row of logits that has more than `limit` goes through the full head. */
 typedef struct {
     float reach;
     int32_t limit;
@@ -46,14 +46,14 @@ typedef struct {
 /* The screen of a split head (see fl_head.c): a table in two parts, and floats at these offsets. */
 typedef struct {
     fl_packed first; /* [vocab][rank] for every row */
-    fl_packed rest;  /* [vocab][d_model - rank] for the blocks that `coarse` hands on */
-    size_t project;  /* [d_model][d_model] */
-    size_t shift;    /* [d_model] */
-    size_t mean;     /* [d_model] */
-    size_t bias;     /* [vocab] */
+    fl_packed rest; /* [vocab][d_model - rank], row by row, for the rows that `coarse` hands on */
+    size_t project; /* [d_model][d_model] */
+    size_t shift; /* [d_model] */
+    size_t mean; /* [d_model] */
+    size_t bias; /* [vocab] */
     size_t spread, rest_spread; /* [blocks] standard deviation of an estimate's error, by the norm
                                    of the input left out or rounded; below 0: always exact */
-    fl_cut coarse, fine;
+    fl_cut coarse, fine; /* of rows; of blocks */
 } fl_screen;
 
 typedef enum { FL_SILU, FL_GELU } fl_activation;

@@ -5,18 +5,19 @@
  *
  *     h = dequantized input of the full head      x = project h + shift, d_model numbers
  *     estimate_i  = first_i x[0 .. rank) + bias_i + mean . h     of every row
- *     estimate_i += rest_i x[rank ..)                            of blocks that `coarse` keeps
- *     logit_i     = the full head's                              of those that `fine` keeps
+ *     estimate_i += rest_i x[rank ..)                            of rows that `coarse` keeps
+ *     logit_i     = the full head's                              of blocks that `fine` keeps
  *
  * What an estimate leaves out, or rounds, is as wrong as the row's part in it is large, which the
  * artifact knows by block (`spread`), and as the input's part is (its norm): their product is the
  * error's standard deviation s. s^2 / 2 is taken off every estimate, so that the sum of their
- * exponentials is right. A cut keeps the blocks of 16 rows whose largest estimate + 2 s reaches the
- * bar, which lies `reach` below the 20th largest estimate of a block: so the 20 most likely tokens
- * are exact as far as errors stay within it. What is exact comes from the kernel and the table of the full head and so has
- * its bits. The best exact value must not lie below a bar that the others did not reach: then no
- * estimate is the largest, and by their margins no value behind one is. Otherwise, and where more
- * blocks pass than a cut allows, the row goes through the full head.
+ * exponentials is right. A cut keeps the rows whose estimate + 2 s reaches the bar, which lies
+ * `reach` below the 20th largest estimate (first ones: of a block of 16 rows): so the 20 most likely
+ * tokens are exact as far as errors stay within it. What is exact comes from the kernel and the
+ * table of the full head, in whole blocks, and so has its bits. The best exact value must not lie
+ * below a bar that the others did not reach: then no estimate is the largest, and by their margins
+ * no value behind one is. Otherwise, and where more pass than a cut allows, the row goes through the
+ * full head.
  *
  * All of this looks at one row of logits at a time: the result depends on neither threads nor
  * on what else is in the step.
@@ -26,7 +27,6 @@
 #include "fl_math.h"
 #include "fl_share.h"
 
-#define AHEAD 3 /* blocks asked for before they are needed */
 #define MARGIN 2.0f /* standard deviations that a value may lie above its estimate */
 #define LOWEST -3.0e38f /* below every logit */
 #define LANES 16 /* partial sums of a float dot product: fixed, so that any vector width agrees */
@@ -185,9 +185,11 @@ static float largest_of(float *restrict lanes) {
 }
 
 /* Add `more` and `common` to the estimates of block b; returns the largest. `more` has 16 values
- * where the block is whole. */
-static float finish_block(float *restrict logits, int32_t b, int32_t vocab,
-                          const float *restrict more, float common) {
+ * where the block is whole. Not inlined: the
+ * promises of `restrict` would be lost, and the vectors with them. */
+__attribute__((noinline)) static float finish_block(float *restrict logits, int32_t b,
+                                                    int32_t vocab, const float *restrict more,
+                                                    float common) {
     float *restrict y = logits + (size_t)b * FL_BLOCK_ROWS;
     int32_t n = vocab - b * FL_BLOCK_ROWS;
     float lanes[FL_BLOCK_ROWS];
@@ -201,8 +203,8 @@ static float finish_block(float *restrict logits, int32_t b, int32_t vocab,
     return largest_of(lanes);
 }
 
-/* The FL_SURE-th largest estimate of a block at this stage, or the smallest where there are fewer
- * blocks, less the reach of its cut. */
+/* The FL_SURE-th largest estimate noted at this stage, or the smallest where there are fewer, less
+ * the reach of its cut. */
 static float find_bar(const fl_engine *e, int stage, const fl_cut *cut) {
     float peaks[FL_SURE], last = LOWEST;
     for (int32_t i = 0; i < FL_SURE; i++) peaks[i] = LOWEST;
@@ -212,122 +214,163 @@ static float find_bar(const fl_engine *e, int stage, const fl_cut *cut) {
     return last - cut->reach;
 }
 
-/* Hand block b on: `limit` + 1 of them stand for too many. */
-static void hand_on(int32_t *list, int32_t *n, int32_t b, int32_t limit) {
-    if (*n < limit) list[*n] = b;
-    if (*n <= limit) ++*n;
+/* Hand a row or a block on: `limit` + 1 of them stand for too many. */
+static void hand_on(fl_thread *t, int32_t what, int32_t limit) {
+    if (t->n_passing < limit) t->passing[t->n_passing] = what;
+    if (t->n_passing <= limit) t->n_passing++;
 }
 
-/* First estimates of this thread's share of the blocks, and which of them go on. Returns how many
- * do, of all threads. */
+/* What all threads handed on -> `all`, in order. Returns how many; above the limit none is there. */
+static int32_t collect(fl_thread *t, int32_t *all, int32_t limit) {
+    const fl_engine *e = t->engine;
+    int32_t total = 0, mine = 0;
+    sync(t);
+    for (uint32_t k = 0; k < e->active; k++) {
+        if (k == t->id) mine = total;
+        total += e->threads[k].n_passing;
+    }
+    if (total > limit) return total;
+    memcpy(all + mine, t->passing, (size_t)t->n_passing * sizeof(int32_t));
+    sync(t);
+    return total;
+}
+
+/* Whether a value that may lie `margin` above its estimate reaches the bar; spread below 0: it
+ * counts as such. */
+static int reaches(float estimate, float margin, float spread, float bar) {
+    return spread < 0 || estimate + margin >= bar;
+}
+
+/* First estimates of this thread's share of the blocks -> logits; rows that go on -> e->rows.
+ * Returns how many do. */
 static int32_t estimate_first(fl_thread *t, float *logits, const fl_screen *s, float common,
                               float norm, float *bar) {
     fl_engine *e = t->engine;
-    fl_span mine = share(t, (s->first.rows + FL_BLOCK_ROWS - 1) / FL_BLOCK_ROWS);
+    int32_t vocab = s->first.rows;
+    fl_span mine = share(t, (vocab + FL_BLOCK_ROWS - 1) / FL_BLOCK_ROWS);
     const float *bias = floats(t, s->bias), *spread = floats(t, s->spread);
     for (int32_t i = 0; i < FL_SURE; i++) t->peaks[0][i] = LOWEST;
     for (int32_t b = mine.first; b < mine.last; b++) {
         float wrong = fabs_float(spread[b]) * norm;
-        float top = finish_block(logits, b, s->first.rows, bias + (size_t)b * FL_BLOCK_ROWS,
-                                 common - 0.5f * (wrong * wrong));
-        note_peak(t->peaks[0], top);
-        e->tops[b] = spread[b] < 0 ? -LOWEST : top + MARGIN * wrong;
+        e->tops[b] = finish_block(logits, b, vocab, bias + (size_t)b * FL_BLOCK_ROWS,
+                                  common - 0.5f * (wrong * wrong));
+        note_peak(t->peaks[0], e->tops[b]);
     }
     sync(t);
     *bar = find_bar(e, 0, &s->coarse);
-    t->n_coarse = 0;
-    for (int32_t b = mine.first; b < mine.last; b++)
-        if (e->tops[b] >= *bar) hand_on(t->coarse, &t->n_coarse, b, s->coarse.limit);
-    sync(t);
-    int32_t total = 0;
-    for (uint32_t k = 0; k < e->active; k++) total += e->threads[k].n_coarse;
-    return total;
+    t->n_passing = 0;
+    for (int32_t b = mine.first; b < mine.last; b++) {
+        float margin = MARGIN * (fabs_float(spread[b]) * norm);
+        if (!reaches(e->tops[b], margin, spread[b], *bar)) continue;
+        int32_t end = (b + 1) * FL_BLOCK_ROWS;
+        for (int32_t row = b * FL_BLOCK_ROWS; row < end && row < vocab; row++)
+            if (reaches(logits[row], margin, spread[b], *bar)) hand_on(t, row, s->coarse.limit);
+    }
+    return collect(t, e->rows, s->coarse.limit);
 }
 
-/* The k-th of the blocks that all threads handed on, in a row. */
-typedef struct {
-    uint32_t thread;
-    int32_t at;
-} fl_place;
-
-static int32_t next_block(const fl_engine *e, fl_place *place, int fine) {
-    for (;;) {
-        const fl_thread *from = &e->threads[place->thread];
-        int32_t n = fine ? from->n_fine : from->n_coarse;
-        if (place->at < n) return (fine ? from->fine : from->coarse)[place->at++];
-        place->thread++;
-        place->at = 0;
+/* The second part keeps every row in one piece (16 bytes of codes per group, then the next group's;
+ * scales likewise): n <= 16 rows that lie apart become a block as the kernels read it. Group by
+ * group: row by row, stores would lie where the next loads do, but for the upper bits of their
+ * addresses, and delay them fivefold. */
+static void gather_rows(const fl_thread *t, const fl_linear *w, const int32_t *rows, int32_t n) {
+    size_t groups = (size_t)w->groups;
+    for (size_t g = 0; g < groups; g++) {
+        uint32_t *codes = t->block_codes + g * 4 * FL_BLOCK_ROWS;
+        uint16_t *scales = t->block_scales + g * FL_BLOCK_ROWS;
+        for (int32_t l = 0; l < n; l++) {
+            size_t from = (size_t)rows[l] * groups + g;
+            const uint32_t *row = (const uint32_t *)w->codes + from * 4;
+            for (int32_t i = 0; i < 4; i++) codes[i * FL_BLOCK_ROWS + l] = row[i];
+            scales[l] = w->scales[from];
+        }
     }
 }
 
-static fl_place find_place(const fl_engine *e, int32_t k, int fine) {
-    fl_place place = {0, k};
-    for (;; place.thread++) {
-        const fl_thread *from = &e->threads[place.thread];
-        int32_t n = fine ? from->n_fine : from->n_coarse;
-        if (place.at < n || place.thread + 1 == e->active) return place;
-        place.at -= n;
+/* Ask for memory before it is needed: what was chosen lies apart. */
+static void fetch(const void *from, size_t bytes) {
+    const char *at = from;
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+    __builtin_prefetch(at + bytes - 1);
+}
+
+static void fetch_rows(const fl_linear *w, const int32_t *rows, int32_t first, int32_t last) {
+    size_t groups = (size_t)w->groups;
+    for (int32_t k = first; k < last; k++) {
+        fetch((const char *)w->codes + (size_t)rows[k] * groups * 16, groups * 16);
+        fetch(w->scales + (size_t)rows[k] * groups, groups * 2);
     }
 }
 
-/* Ask for block b of a matrix before it is needed: the chosen blocks lie apart, and the first lines
- * of each would otherwise be waited for. */
-static void fetch_block(const fl_linear *w, int32_t b) {
-    size_t groups = (size_t)w->groups, bytes = groups * (w->format == FL_Q8 ? 512 : 256);
-    const char *codes = (const char *)w->codes + (size_t)b * bytes;
-    const char *scales = (const char *)(w->scales + (size_t)b * groups * FL_BLOCK_ROWS);
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i);
-    for (size_t i = 0; i < groups * 32; i += 64) __builtin_prefetch(scales + i);
+/* The first place >= k of a list of rows where another block begins. */
+static int32_t next_block(const int32_t *rows, int32_t k, int32_t n) {
+    while (k > 0 && k < n && rows[k] / FL_BLOCK_ROWS == rows[k - 1] / FL_BLOCK_ROWS) k++;
+    return k;
 }
 
-/* Second estimates of this thread's share of `total` blocks, and which of them go on. */
-static int32_t estimate_rest(fl_thread *t, int32_t i, float *logits, const fl_screen *s,
-                             int32_t total, float norm, float rest_norm, float *bar) {
+/* Second estimates of the n rows of e->rows -> logits; their blocks that go on -> e->blocks.
+ * Returns how many do. */
+static int32_t estimate_rest(fl_thread *t, int32_t i, float *logits, const fl_screen *s, int32_t n,
+                             float norm, float rest_norm, float *bar) {
     fl_engine *e = t->engine;
-    fl_linear w = linear(t, &s->rest);
+    fl_linear w = linear(t, &s->rest), block = w;
+    block.rows = FL_BLOCK_ROWS;
+    block.blocks = 1;
+    block.codes = (const uint8_t *)t->block_codes;
+    block.scales = t->block_scales;
     fl_act act = rest_input(t, i, s);
-    fl_span mine = share(t, total);
+    const int32_t *rows = e->rows;
     const float *spread = floats(t, s->spread), *rest_spread = floats(t, s->rest_spread);
+    fl_span mine = share(t, (n + FL_BLOCK_ROWS - 1) / FL_BLOCK_ROWS);
+    int32_t first = mine.first * FL_BLOCK_ROWS, last = mine.last * FL_BLOCK_ROWS;
+    if (last > n) last = n;
     for (int32_t k = 0; k < FL_SURE; k++) t->peaks[1][k] = LOWEST;
-    fl_place place = find_place(e, mine.first, 0), ahead = place;
-    for (int32_t k = mine.first; k < mine.last && k < mine.first + AHEAD; k++)
-        fetch_block(&w, next_block(e, &ahead, 0));
-    for (int32_t k = mine.first; k < mine.last; k++) {
-        if (k + AHEAD < mine.last) fetch_block(&w, next_block(e, &ahead, 0));
-        int32_t b = next_block(e, &place, 0);
-        e->kernels->gemv(t->gate, &w, b, b + 1, &act);
-        float before = spread[b] * norm, wrong = rest_spread[b] * rest_norm;
-        float top = finish_block(logits, b, w.rows, t->gate,
-                                 0.5f * (before * before) - 0.5f * (wrong * wrong));
-        note_peak(t->peaks[1], top);
-        e->tops[b] = spread[b] < 0 ? -LOWEST : top + MARGIN * wrong;
+    for (int32_t k = first; k < last; k += FL_BLOCK_ROWS) {
+        int32_t end = k + FL_BLOCK_ROWS < last ? k + FL_BLOCK_ROWS : last;
+        if (k == first) fetch_rows(&w, rows, k, end);
+        fetch_rows(&w, rows, end, end + FL_BLOCK_ROWS < last ? end + FL_BLOCK_ROWS : last);
+        gather_rows(t, &w, rows + k, end - k);
+        e->kernels->gemv(t->gate, &block, 0, 1, &act);
+        for (int32_t l = k; l < end; l++) {
+            int32_t b = rows[l] / FL_BLOCK_ROWS;
+            float before = spread[b] * norm, wrong = rest_spread[b] * rest_norm;
+            float value = logits[rows[l]] + t->gate[l - k] +
+                          (0.5f * (before * before) - 0.5f * (wrong * wrong));
+            note_peak(t->peaks[1], value);
+            logits[rows[l]] = value;
+        }
     }
     sync(t);
     *bar = find_bar(e, 1, &s->fine);
-    t->n_fine = 0;
-    place = find_place(e, mine.first, 0);
-    for (int32_t k = mine.first; k < mine.last; k++) {
-        int32_t b = next_block(e, &place, 0);
-        if (e->tops[b] >= *bar) hand_on(t->fine, &t->n_fine, b, s->fine.limit);
+    t->n_passing = 0;
+    first = next_block(rows, first, n);
+    last = next_block(rows, last, n);
+    for (int32_t k = first; k < last; k++) {
+        int32_t b = rows[k] / FL_BLOCK_ROWS;
+        if (!reaches(logits[rows[k]], MARGIN * (rest_spread[b] * rest_norm), spread[b], *bar))
+            continue;
+        hand_on(t, b, s->fine.limit);
+        while (k + 1 < last && rows[k + 1] / FL_BLOCK_ROWS == b) k++;
     }
-    sync(t);
-    int32_t chosen = 0;
-    for (uint32_t k = 0; k < e->active; k++) chosen += e->threads[k].n_fine;
-    return chosen;
+    return collect(t, e->blocks, s->fine.limit);
 }
 
-/* Exact values of this thread's share of `total` blocks. Returns the largest of all threads. */
-static float compute_exact(fl_thread *t, float *logits, const fl_linear *w, int32_t total,
+static void fetch_block(const fl_linear *w, int32_t b) {
+    size_t groups = (size_t)w->groups, bytes = groups * (w->format == FL_Q8 ? 512 : 256);
+    fetch((const char *)w->codes + (size_t)b * bytes, bytes);
+    fetch(w->scales + (size_t)b * groups * FL_BLOCK_ROWS, groups * 2 * FL_BLOCK_ROWS);
+}
+
+/* Exact values of the n blocks of e->blocks. Returns the largest. */
+static float compute_exact(fl_thread *t, float *logits, const fl_linear *w, int32_t n,
                            const fl_act *act) {
     const fl_engine *e = t->engine;
-    fl_span mine = share(t, total);
-    fl_place place = find_place(e, mine.first, 1), ahead = place;
+    fl_span mine = share(t, n);
     t->best = LOWEST;
-    for (int32_t k = mine.first; k < mine.last && k < mine.first + 1; k++)
-        fetch_block(w, next_block(e, &ahead, 1));
     for (int32_t k = mine.first; k < mine.last; k++) {
-        if (k + 1 < mine.last) fetch_block(w, next_block(e, &ahead, 1));
-        int32_t b = next_block(e, &place, 1), end = (b + 1) * FL_BLOCK_ROWS;
+        int32_t b = e->blocks[k], end = (b + 1) * FL_BLOCK_ROWS;
+        if (k == mine.first) fetch_block(w, b);
+        if (k + 1 < mine.last) fetch_block(w, e->blocks[k + 1]);
         multiply_row(t, logits, w, b, b + 1, act);
         for (int32_t row = b * FL_BLOCK_ROWS; row < end && row < w->rows; row++)
             if (logits[row] > t->best) t->best = logits[row];

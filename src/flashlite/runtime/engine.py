@@ -97,8 +97,8 @@ class HeadCounts:
 
     rows: int  # of logits that were screened
     full: int  # of these: computed in full, since the screen could not tell
-    estimated: int  # blocks of 16 logits that the others estimated with all columns
-    exact: int  # and computed exactly
+    estimated: int  # logits that the others estimated with all columns
+    exact: int  # blocks of 16 that they computed exactly
 
 
 class Engine:

@@ -12,7 +12,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from flashlite import paths
-from flashlite.artifact.format import Artifact
+from flashlite.artifact.format import FORMAT_VERSION, Artifact
 from flashlite.artifact.read import open_artifact
 from flashlite.checkpoint.pull import Pulled, pull
 from flashlite.codegen.emit import emit_model
@@ -191,10 +191,12 @@ def artifact_path(pulled: Pulled, preset: str) -> Path:
     """Where the artifact of this exact source and preset is kept.
 
     A pulled model is known by its digest; a user's own file by its path, size and time of change.
+    What was made before artifacts could hold what they hold now is not found.
     """
     status = pulled.path.stat()
     identity = pulled.sha256 or f"{status.st_size} {status.st_mtime_ns}"
-    mark = blake3(f"{pulled.path.resolve()} {identity}".encode()).hexdigest()[:8]
+    known = f"{pulled.path.resolve()} {identity} {FORMAT_VERSION}"
+    mark = blake3(known.encode()).hexdigest()[:8]
     return paths.data_dir() / "artifacts" / f"{_artifact_name(pulled)}-{preset}-{mark}.fl"
 
 
