@@ -80,6 +80,9 @@ def command(
     if as_json:
         output.emit(figures)
     else:
-        of_it = f", {format_size(artifact.screen_bytes)} of them a split head" if screen else ""
         size = format_size(artifact.weights_size)
-        click.echo(f"{artifact.path}: {size} of weights ({preset}){of_it}")
+        click.echo(f"{artifact.path}: {size} of weights ({preset})")
+        if screen is not None:
+            click.echo(f"split head: {format_size(artifact.screen_bytes)} of them")
+        elif split_head == "auto":
+            click.echo("no split head: it would save too little, or too often be inexact")

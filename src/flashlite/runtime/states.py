@@ -122,6 +122,7 @@ OPENINGS = (
 _TOKENS = 200  # sampled from each beginning
 _FITTED = (0.0, 0.7, 0.7, 1.0, 1.0)  # temperatures of texts to fit to
 _CHECKED = (0.0, 0.7)  # and to measure on
+_CHECKED_TOKENS = 60
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def sample_states(
     *,
     check: bool = False,
     openings: Sequence[Opening] = OPENINGS,
-    tokens: int = _TOKENS,
+    tokens: int | None = None,
     temperatures: Sequence[float] | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -150,7 +151,8 @@ def sample_states(
         artifact: the model; its head is used in full.
         check: of the beginnings that are measured on, instead of those that are fitted to.
         openings: each text is continued at each temperature; chat models answer its question too.
-        tokens: written after each beginning, or until the model ends its text.
+        tokens: written after each beginning, or until the model ends its text. None: as what they
+            are for asks.
         temperatures: 0 takes the likeliest token, once only. None: as what they are for asks.
         seed: of the first text; equal seeds give equal states.
         threads: None: one per core.
@@ -160,6 +162,8 @@ def sample_states(
         FlashliteError: the artifact cannot be compiled or opened.
     """
     tokenizer = Tokenizer(load_texts(artifact), name=artifact.name)
+    if tokens is None:
+        tokens = _CHECKED_TOKENS if check else _TOKENS
     jobs = [
         (opening.language, ids, temperature)
         for opening in openings
