@@ -37,10 +37,11 @@ __all__ = [
 
 MARGIN = np.float32(2)  # standard deviations that a value may lie above its estimate
 SURE = 20  # estimates that set the bar: FL_SURE
-_COARSE = (6.0, 6.5, 7.0, 7.5, 8.0)  # nats
-_FINE = (2.0, 3.0, 4.0, 5.0)
+_COARSE = (6.0, 7.0, 8.0, 9.0)  # nats
+_FINE = (3.0, 4.0, 5.0, 6.0)
 _TOP = 20
-_APART = 2.0  # bytes read in order in the time of one that is not
+# Bytes read in order in the time of one that is not, measured: blocks of the full head, rows.
+_BLOCK_APART, _ROW_APART = 1.5, 8.0
 
 _F32 = NDArray[np.float32]
 Bands = Callable[[], Iterator[tuple[int, _F32]]]
@@ -60,7 +61,7 @@ class Gates:
 
     argmax: float = 0.9993
     top20: float = 0.993
-    kl: float = 0.0018
+    kl: float = 0.0015
     full: float = 0.03
 
 
@@ -257,7 +258,8 @@ class Measurement:
         blocks, cell = blocks_of(rows), CODE_BYTES["q4"] + 2 * BLOCK_ROWS  # of a block and group
         screen = blocks * groups_of(rank) * cell + rows * 4 + blocks * 4 + cols * cols * 4
         each = full_bytes / blocks
-        read = sums.twice * groups_of(cols - rank) * cell / BLOCK_ROWS + sums.exact * each
+        twice, exact = sums.twice * groups_of(cols - rank) * cell / BLOCK_ROWS, sums.exact * each
+        apart = _ROW_APART * twice + _BLOCK_APART * exact
         top = min(_TOP, rows)
         return Trial(
             rank=rank,
@@ -269,8 +271,8 @@ class Measurement:
             full=float(full.mean()),
             estimated=float(np.where(full, 0, sums.twice).mean()),
             exact=float(np.where(full, 0, sums.exact).mean()),
-            nbytes=float(screen + np.where(full, full_bytes, read).mean()),
-            cost=float(screen + np.where(full, full_bytes, _APART * read).mean()),
+            nbytes=float(screen + np.where(full, full_bytes, twice + exact).mean()),
+            cost=float(screen + np.where(full, full_bytes, apart).mean()),
         )
 
 

@@ -184,9 +184,9 @@ def _arrays(basis: Basis, table: Table, rank: int) -> dict[str, NDArray[Any]]:
 
 
 def _default_ranks(cols: int) -> list[int]:
-    """Whole groups from about a fifth of the columns to two fifths."""
+    """Whole groups from about a third of the columns to a half."""
     groups = groups_of(cols)
-    ranks = {GROUP * max(1, round(groups * share)) for share in (0.2, 0.3, 0.4)}
+    ranks = {GROUP * max(1, round(groups * share)) for share in (0.3, 0.4, 0.5)}
     return sorted(rank for rank in ranks if rank < cols)
 
 
