@@ -14,6 +14,7 @@ from split import Floats, estimates, fit, states_of, with_screen
 from flashlite.artifact.read import load_weights
 from flashlite.artifact.write import quantize
 from flashlite.checkpoint.open import open_checkpoint
+from flashlite.checkpoint.pull import pull
 from flashlite.codegen.target import ISAS, check_isa
 from flashlite.compress.pack import BLOCK_ROWS
 from flashlite.compress.screen import Cut
@@ -21,10 +22,11 @@ from flashlite.compress.split_head import Fitted
 from flashlite.errors import EngineError, UnsupportedTarget
 from flashlite.model.families import describe
 from flashlite.model.metrics import kl_divergence
+from flashlite.runtime import prepare
 from flashlite.runtime.engine import Work
 from flashlite.runtime.library import load_library
 from flashlite.runtime.model import make_ledger
-from flashlite.runtime.prepare import compile_artifact, split_head
+from flashlite.runtime.prepare import artifact_path, compile_artifact, split_head
 
 N = 120
 MARGINS = 1e-3  # float sums in another order
@@ -239,3 +241,12 @@ def test_in_fp32_the_screen_works_too(split: Small, plain: Small) -> None:
     ids = split.ids(N)
     got, full = logits(split, ids, "fp32"), logits(plain, ids, "fp32")
     assert np.mean(got.argmax(axis=1) == full.argmax(axis=1)) >= 0.99
+
+
+def test_artifacts_from_before_split_heads_are_made_anew(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled = pull(str(tiny_gguf))
+    now = artifact_path(pulled, "import")
+    monkeypatch.setattr(prepare, "FORMAT_VERSION", 1)
+    assert artifact_path(pulled, "import") != now
