@@ -151,7 +151,9 @@ def split_head(artifact: Artifact, mode: str, *, progress: Progress | None = Non
         return artifact
     try:
         fitting = sample_states(artifact, progress=_stage(progress, "sample"))
-        checking = sample_states(artifact, check=True, seed=1 << 20)
+        checking = sample_states(
+            artifact, check=True, seed=1 << 20, progress=_stage(progress, "sample to check")
+        )
     except (CompileError, UnsupportedTarget):
         if mode == "auto":
             return artifact
