@@ -105,8 +105,11 @@ def write(engine: Engine, jobs: list[Job], tokens: int, ends: frozenset[int]) ->
             texts.append([])
             live.append((engine.new_sequence(len(ids) + tokens), ids, texts[-1], sampler))
         held = [sequence for sequence, *_ in live]
+        for sequence, ids, _, _ in live:
+            if len(ids) > 1:
+                engine.step([Work(sequence, ids[:-1], "none")])
         for _ in range(tokens):
-            logits = engine.step([Work(s, text[-1:] or ids) for s, ids, text, _ in live])
+            logits = engine.step([Work(s, text[-1:] or ids[-1:]) for s, ids, text, _ in live])
             for (*_, text, sampler), row in zip(live, logits, strict=True):
                 text.append(sampler.draw(row).token)
             live = [item for item in live if item[2][-1] not in ends]
