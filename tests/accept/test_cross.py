@@ -58,7 +58,14 @@ def test_arm_gives_the_same_greedy_tokens(artifact: Artifact, tmp_path: Path) ->
     (tmp_path / "model.c").write_text(emit_model(artifact, "plain"))
     weights = tmp_path / "weights.bin"
     load_weights(artifact).tofile(weights)
-    sources = ["fl_engine.c", "fl_ops.c", "fl_os.c", "fl_sample.c", "fl_kernels_plain.c"]
+    sources = [
+        "fl_engine.c",
+        "fl_head.c",
+        "fl_ops.c",
+        "fl_os.c",
+        "fl_sample.c",
+        "fl_kernels_plain.c",
+    ]
     program = tmp_path / "greedy"
     flags = ["-std=gnu11", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-g0"]
     command: list[str | Path] = [

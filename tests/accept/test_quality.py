@@ -76,7 +76,7 @@ def ready(request: pytest.FixtureRequest, flashlite_data: Path) -> Ready:
 
 def compiled_logits(ready: Ready, isa: str, ids: NDArray[np.int32]) -> Floats:
     library = load_library(compile_artifact(ready.artifact, host_target(isa)))
-    with Engine(library, ready.weights, max_tokens=len(ids), threads=2) as engine:
+    with Engine(library, ready.weights, max_tokens=len(ids), threads=2, exact_head=True) as engine:
         sequence = engine.new_sequence(len(ids))
         return np.concatenate(
             [

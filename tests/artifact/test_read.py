@@ -245,7 +245,7 @@ def test_json_that_is_not_strict(
 @pytest.mark.parametrize("name", ["manifest.json", "config.json"])
 @pytest.mark.parametrize(
     ("version", "match"),
-    [(2, "format 2 is newer than 1.*upgrade"), (0, "not a number from 1"), ("1", "'1'"),
+    [(3, "format 3 is newer than 2.*upgrade"), (0, "not a number from 1"), ("1", "'1'"),
      (True, "True"), (None, "None"), (1.0, "not a number from 1")],
 )  # fmt: skip
 def test_format_version(forge: Forge, name: str, version: object, match: str) -> None:

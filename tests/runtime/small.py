@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ class Small:
         spec = replace(self.artifact.spec, tied_head=tied)
         return Reference(spec, lambda name: tensor(self.artifact, self.weights, name))
 
-    def open(self, isa: str, **settings: int) -> Engine:
+    def open(self, isa: str, **settings: Any) -> Engine:
         library = load_library(compile_artifact(self.artifact, host_target(isa)))
         return Engine(library, self.weights, **{"max_tokens": 512, "threads": 2} | settings)
 

@@ -27,6 +27,7 @@ import numpy as np
 from flashlite.checkpoint.tokenizer import SpecialTokens
 from flashlite.compress.pack import BLOCK_ROWS, CODE_BYTES, blocks_of, groups_of
 from flashlite.compress.plan import Plan, stored_shapes
+from flashlite.compress.screen import SCREEN
 from flashlite.errors import ArtifactError
 from flashlite.model.spec import ModelSpec
 
@@ -52,7 +53,7 @@ __all__ = [
     "layout",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: a split head, `plan.screen`; artifacts without one are written as 1
 ALIGN = 64
 
 CONFIG = "config.json"
@@ -154,6 +155,16 @@ class Artifact:
         """BLAKE3 of the manifest, hex: equal digests mean equal artifacts."""
         return self.manifest.digest
 
+    @property
+    def format_version(self) -> int:
+        """The oldest that can say what this artifact says."""
+        return 1 if self.plan.screen is None else FORMAT_VERSION
+
+    @property
+    def screen_bytes(self) -> int:
+        """Of the weights: what the split head holds beside the full one."""
+        return sum(t.nbytes for name, t in self.tensors.items() if name.startswith(f"{SCREEN}."))
+
     def stored_name(self, canonical: str) -> str:
         """The stored tensor behind a canonical one: a tied head may be `embed`."""
         return "embed" if canonical == "head" and "head" not in self.plan.formats else canonical
@@ -161,7 +172,7 @@ class Artifact:
     def config(self) -> dict[str, Any]:
         """What stands in `config.json`."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "name": self.name,
             "model": self.spec.to_json(),
             "plan": self.plan.to_json(),

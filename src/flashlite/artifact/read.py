@@ -26,6 +26,7 @@ from flashlite.artifact.format import (
     CARD,
     CONFIG,
     DTYPES,
+    FORMAT_VERSION,
     LIMITS,
     MANIFEST,
     TEMPLATE,
@@ -211,6 +212,8 @@ def _describe(path: Path, config: dict[str, Any], manifest: Manifest) -> tuple[A
         raise ArtifactError(f"{where}: {error}") from None
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ArtifactError(f"{where}: {type(error).__name__}: {error}") from None
+    if plan.screen is not None and config["format_version"] < FORMAT_VERSION:
+        raise ArtifactError(f"{where}: format {config['format_version']} has no split head")
     check_tokens(tokens, spec)
     arrays = layout(spec, plan)
     artifact = Artifact(

@@ -19,7 +19,6 @@ from flashlite.artifact.format import (
     CARD,
     CONFIG,
     DTYPES,
-    FORMAT_VERSION,
     MANIFEST,
     TEMPLATE,
     TOKENIZER,
@@ -33,16 +32,18 @@ from flashlite.artifact.format import (
     check_tokens,
     layout,
 )
-from flashlite.artifact.read import open_artifact
+from flashlite.artifact.read import load_texts, load_weights, open_artifact
 from flashlite.artifact.staging import staged
 from flashlite.checkpoint.tokenizer import TokenizerFiles
 from flashlite.compress.plan import Plan, plan_preset, stored_shapes
+from flashlite.compress.screen import SCREEN
+from flashlite.compress.split_head import Fitted
 from flashlite.compress.tensors import compress_tensor
 from flashlite.errors import ArtifactError
 from flashlite.model.source import SourceModel
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["quantize", "write_artifact"]
+__all__ = ["add_screen", "quantize", "write_artifact"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of weights written, bytes in all)."""
@@ -89,6 +90,34 @@ def quantize(
         name=name,
         provenance=provenance,
         progress=progress,
+    )
+
+
+def add_screen(artifact: Artifact, fitted: Fitted) -> Artifact:
+    """Write an artifact anew with a split head; its other tensors stay as they are.
+
+    Raises:
+        ArtifactError: as `write_artifact`.
+        IntegrityError: the artifact is not what its manifest says.
+    """
+    weights = load_weights(artifact)
+    plan = artifact.plan.with_screen(fitted.screen, artifact.spec)
+
+    def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
+        for name, entry in artifact.tensors.items():
+            if not name.startswith(f"{SCREEN}."):
+                part = weights[entry.offset : entry.offset + entry.nbytes]
+                yield name, part.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        yield from fitted.arrays.items()
+
+    return write_artifact(
+        artifact.path,
+        artifact.spec,
+        plan,
+        load_texts(artifact),
+        arrays(),
+        name=artifact.name,
+        provenance=artifact.provenance,
     )
 
 
@@ -150,7 +179,7 @@ def write_artifact(
             (folder / file).write_bytes(data)
             files[file] = FileDigest(len(data), blake3(data).hexdigest())
         files[WEIGHTS], digests = _write_weights(folder / WEIGHTS, arranged, arrays, progress)
-        (folder / MANIFEST).write_bytes(_manifest(files, digests))
+        (folder / MANIFEST).write_bytes(_manifest(artifact.format_version, files, digests))
         written = open_artifact(folder)  # only what can be read takes the place of what was there
     return replace(written, path=directory)
 
@@ -196,10 +225,10 @@ def _write_weights(
     return FileDigest(len(header) + arranged.size, whole.hexdigest()), digests
 
 
-def _manifest(files: Mapping[str, FileDigest], tensors: Mapping[str, str]) -> bytes:
+def _manifest(version: int, files: Mapping[str, FileDigest], tensors: Mapping[str, str]) -> bytes:
     return _json(
         {
-            "format_version": FORMAT_VERSION,
+            "format_version": version,
             "files": {n: {"size": f.size, "blake3": f.blake3} for n, f in sorted(files.items())},
             "tensors": dict(tensors),
         }
@@ -222,16 +251,18 @@ def _card(artifact: Artifact) -> dict[str, Any]:
         row["tensors"] += 1
         row["weights"] += size
         row["bytes"] += stored
-        if not (name == "head" and artifact.spec.tied_head):
+        again = name == "head" and artifact.spec.tied_head
+        if not again and not name.startswith(SCREEN):
             parameters += size
     total = sum(row["bytes"] for row in formats.values())
+    screen = artifact.plan.screen
     return {
         "preset": artifact.plan.preset,
         "parameters": parameters,
         "weights_bytes": artifact.weights_size,
         "bits_per_weight": round(8 * total / parameters, 3),
         "formats": formats,
-        "measured": {},
+        "measured": {} if screen is None else {"split_head": dict(screen.measured)},
     }
 
 

@@ -40,6 +40,11 @@ BUSY = 0.5  # load average from which figures are doubtful
     show_default=True,
     help="How to quantize a model that has no artifact yet.",
 )
+@click.option(
+    "--exact-head",
+    is_flag=True,
+    help="Compute every logit, also where the model has a split head.",
+)
 @output.json_option
 def command(
     model: str,
@@ -48,6 +53,7 @@ def command(
     threads: int | None,
     rounds: int,
     preset: str,
+    exact_head: bool,
     as_json: bool,
 ) -> None:
     """Measure MODEL: prefill, decoding, time to open, peak memory.
@@ -71,7 +77,7 @@ def command(
     with options.stages() as progress:
         artifact = prepare.find_artifact(model, preset=preset, progress=progress)
     prepare.compile_artifact(artifact)  # so that opening finds the library
-    ours = speed.Contender(OURS, our_command(), artifact.path)
+    ours = speed.Contender(OURS, our_command(exact_head=exact_head), artifact.path)
     contenders = [ours, *_install(wanted, model)]
     threads = default_threads() if threads is None else threads
     measures = speed.choose_measures(artifact.spec.max_context, prefill)

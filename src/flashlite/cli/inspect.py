@@ -70,6 +70,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         "name": artifact.name,
         "preset": artifact.plan.preset,
         **_spec(artifact.spec),
+        "split_head": _split_head(artifact),
         "chat_template": (artifact.path / "chat_template.jinja").is_file(),
         "licence": artifact.provenance.get("licence") or None,
         "source": artifact.provenance.get("source") or None,
@@ -77,6 +78,14 @@ def _artifact(path: Path) -> dict[str, Any]:
         "bytes": _folder_size(artifact.path),
         "tensors": _stored(artifact),
     }
+
+
+def _split_head(artifact: Artifact) -> str | None:
+    screen = artifact.plan.screen
+    if screen is None:
+        return None
+    of_all = f"{screen.rank} of {artifact.spec.d_model} columns"
+    return f"{of_all} estimate every logit, {format_size(artifact.screen_bytes)}"
 
 
 def _checkpoint(model: str) -> dict[str, Any]:

@@ -42,7 +42,8 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
 )
 MAX_TOKENS = 512  # a small model that loops would go on to the end of its context
 _RUNNING = ("max_mem", "max_sequence_length", "threads", "preset", "isa", "offline",
-            "accept_license", "enable_integrity_check", "prefix_cache", "speculate")  # fmt: skip
+            "accept_license", "enable_integrity_check", "prefix_cache", "speculate",
+            "exact_head")  # fmt: skip
 
 
 def sampling(function: F) -> F:
@@ -102,6 +103,11 @@ def running(function: F) -> F:
             default=True,
             show_default=True,
             help="Guess tokens that repeat the text, where it is faster; answers stay the same.",
+        ),
+        click.option(
+            "--exact-head",
+            is_flag=True,
+            help="Compute every logit, also where the model has a split head.",
         ),
     )
     for decorator in reversed(decorators):

@@ -22,6 +22,13 @@ __all__ = ["command"]
     show_default=True,
     help="import keeps 4- and 8-bit grids bit for bit; hybrid: FP16 embeddings, INT8 layers.",
 )
+@click.option(
+    "--split-head",
+    type=click.Choice(["auto", "off", "on"]),
+    default="auto",
+    show_default=True,
+    help="Screen the vocabulary with a small table, where it pays; on: or fail.",
+)
 @click.option("-o", "--output", "directory", type=click.Path(path_type=Path), help="NAME.fl")
 @click.option("--force", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--offline", is_flag=True, help="Use only what is on this machine.")
@@ -31,6 +38,7 @@ __all__ = ["command"]
 def command(
     model: str,
     preset: str,
+    split_head: str,
     directory: Path | None,
     force: bool,
     offline: bool,
@@ -59,15 +67,22 @@ def command(
             raise UsageError(
                 f"{target} is there already; give --force to replace it, or another -o"
             )
-        artifact = prepare.make_artifact(pulled, preset, target, progress=progress)
+        artifact = prepare.make_artifact(pulled, preset, target, head=split_head, progress=progress)
+    screen = artifact.plan.screen
     figures = {
         "artifact": str(artifact.path),
         "preset": artifact.plan.preset,
         "digest": artifact.digest,
         "weights_bytes": artifact.weights_size,
+        "split_head": None if screen is None else screen.to_json(),
         "peak_memory_bytes": options.peak_memory(),
     }
     if as_json:
         output.emit(figures)
     else:
-        click.echo(f"{artifact.path}: {format_size(artifact.weights_size)} of weights ({preset})")
+        size = format_size(artifact.weights_size)
+        click.echo(f"{artifact.path}: {size} of weights ({preset})")
+        if screen is not None:
+            click.echo(f"split head: {format_size(artifact.screen_bytes)} of them")
+        elif split_head == "auto":
+            click.echo("no split head: it would save too little, or too often be inexact")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashlite.artifact.format import Artifact
+from flashlite.compress.screen import REST, SCREEN, Screen
 from flashlite.errors import UnsupportedTarget
 from flashlite.model.rope import rope_frequencies
 from flashlite.model.spec import ModelSpec
@@ -62,6 +63,8 @@ def _head(artifact: Artifact, isa: str) -> str:
     }
     if spec.sliding_window is not None:
         names["WINDOW"] = spec.sliding_window
+    if artifact.plan.screen is not None:
+        names["SCREEN_RANK"] = artifact.plan.screen.rank
     constants = "\n".join(f"    {name} = {int(value)}," for name, value in names.items())
     # FL_HAVE_* declares the table that this file names; only that one is linked.
     have = "" if isa == "plain" else f"#define FL_HAVE_{isa.upper()}\n"
@@ -122,6 +125,8 @@ def _forward(artifact: Artifact) -> str:
     head = _packed(artifact, artifact.stored_name("head"), *_VOCAB)
     lines = [f"static const fl_packed HEAD = {head};"]
     lines.append(f"static const fl_table TABLE = {table};")
+    if artifact.plan.screen is not None:
+        lines.append(_screen(artifact, artifact.plan.screen))
     lines.append("")
     lines.append("static void forward(fl_thread *t) {")
     lines.append("    fl_embed(t, &TABLE, EMBED_SCALE);")
@@ -132,9 +137,31 @@ def _forward(artifact: Artifact) -> str:
             name = "sliding_layer" if spec.slides(i) else "layer"
             lines.append(f"    {name}(t, &LAYERS[{i}], {i});")
     final_norm = _offset(artifact, "final_norm")
-    lines.append(f"    fl_head(t, {final_norm}, NORM_EPS, &HEAD);")
+    if artifact.plan.screen is None:
+        lines.append(f"    fl_head(t, {final_norm}, NORM_EPS, &HEAD);")
+    else:
+        lines.append(f"    fl_head_split(t, {final_norm}, NORM_EPS, &HEAD, &SCREEN);")
     lines.append("}\n")
     return "\n".join(text + lines)
+
+
+def _screen(artifact: Artifact, screen: Screen) -> str:
+    names = ("project", "shift", "mean", "bias", "spread", "rest_spread")
+    offsets = [f"    .{name} = {_offset(artifact, f'{SCREEN}.{name}')}," for name in names]
+    cuts = [
+        f"    .{name} = {{{_float(cut.reach)}, {int(cut.limit)}}},"
+        for name, cut in (("coarse", screen.coarse), ("fine", screen.fine))
+    ]
+    return "\n".join(
+        (
+            "static const fl_screen SCREEN = {",
+            f"    .first = {_packed(artifact, SCREEN, 'VOCAB', 'SCREEN_RANK')},",
+            f"    .rest = {_packed(artifact, REST, 'VOCAB', 'D_MODEL - SCREEN_RANK')},",
+            *offsets,
+            *cuts,
+            "};",
+        )
+    )
 
 
 def _layer_function(spec: ModelSpec, *, sliding: bool) -> str:
@@ -165,6 +192,7 @@ def _layer_function(spec: ModelSpec, *, sliding: bool) -> str:
 
 def _model_constant(artifact: Artifact, isa: str) -> str:
     local = "ROPE_LOCAL" if artifact.spec.rope_theta_local is not None else "NULL"
+    screen = "" if artifact.plan.screen is None else "    .screen = &SCREEN,\n"
     return (
         "const fl_model FL_MODEL = {\n"
         "    .vocab = VOCAB,\n"
@@ -177,6 +205,7 @@ def _model_constant(artifact: Artifact, isa: str) -> str:
         "    .max_context = MAX_CONTEXT,\n"
         "    .rope = ROPE,\n"
         f"    .rope_local = {local},\n"
+        f"{screen}"
         f"    .weights_size = {int(artifact.weights_size)},\n"
         f'    .artifact = "{_hex(artifact.digest)}",\n'
         "    .forward = forward,\n"

@@ -34,7 +34,8 @@ from flashlite.errors import CompileError, IntegrityError
 __all__ = ["CSRC", "Compiler", "build_library", "find_compiler"]
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-_COMMON = ("fl_engine.c", "fl_ops.c", "fl_os.c", "fl_sample.c")
+_COMMON = ("fl_engine.c", "fl_head.c", "fl_ops.c", "fl_os.c", "fl_sample.c")
+_VECTORISED = ("fl_head.c", "fl_ops.c")  # float loops that the compiler turns into vectors
 # Names outside C11 (pthreads, mmap) come from _GNU_SOURCE in the one file that uses them.
 _INCLUDED = {"amx": ("fl_kernels_avx512.c",)}  # by a table of kernels: not compiled by themselves
 _FLAGS = (
@@ -139,7 +140,8 @@ def _compile_kernels(
         (fresh / name).write_text(text, encoding="utf-8")
 
     def compile_unit(name: str) -> None:
-        isa = target.kernel_flags if name in ("fl_ops.c", f"fl_kernels_{target.isa}.c") else ()
+        own = (*_VECTORISED, f"fl_kernels_{target.isa}.c")
+        isa = target.kernel_flags if name in own else ()
         command = (*compiler.command, *_cross(target), *_FLAGS, *_pic(target), *isa, "-c", name)
         _run((*command, "-o", name.removesuffix(".c") + ".o"), fresh)
 

@@ -17,13 +17,14 @@ look-up (one row per token is read) and `head` in INT8 (all of it is read).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashlite.errors import CompressError
 
 if TYPE_CHECKING:
     from flashlite.model.source import SourceModel
+from flashlite.compress.screen import Screen, screen_shapes
 from flashlite.model.spec import ModelSpec
 
 __all__ = ["PACKED", "PRESETS", "Format", "Plan", "plan_preset", "stored_shapes"]
@@ -36,10 +37,14 @@ _IMPORTED: Mapping[str, Format] = {"Q4_0": "q4", "Q4_1": "q4m", "Q8_0": "q8"}
 
 @dataclass(frozen=True)
 class Plan:
-    """The format of every stored tensor, in forward order, and the preset that chose it."""
+    """The format of every stored tensor, in forward order, and the preset that chose it.
+
+    `screen` is the split head, None where the head is always computed in full.
+    """
 
     preset: str
     formats: Mapping[str, Format]  # by stored name
+    screen: Screen | None = None
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse a plan that does not fit the model.
@@ -47,6 +52,8 @@ class Plan:
         Raises:
             CompressError: a tensor is missing, unknown, or in a format its use does not allow.
         """
+        if self.screen is not None:
+            self.screen.check(spec)
         shapes = stored_shapes(spec, self)
         if missing := [name for name in shapes if name not in self.formats]:
             raise CompressError(f"the plan has no format for {_few(missing)}")
@@ -64,7 +71,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back to an equal plan."""
-        return {"preset": self.preset, "formats": dict(self.formats)}
+        screen = {} if self.screen is None else {"screen": self.screen.to_json()}
+        return {"preset": self.preset, "formats": dict(self.formats), **screen}
 
     @classmethod
     def from_json(cls, data: object, spec: ModelSpec) -> Plan:
@@ -73,14 +81,23 @@ class Plan:
         Raises:
             CompressError: it is not a plan, or not one for this model.
         """
-        if not isinstance(data, dict) or set(data) != {"preset", "formats"}:
+        if not isinstance(data, dict) or set(data) - {"screen"} != {"preset", "formats"}:
             raise CompressError("the plan is not an object of `preset` and `formats`")
         preset, formats = data["preset"], data["formats"]
         if not isinstance(preset, str) or not isinstance(formats, dict):
             raise CompressError("the plan's preset is not text or its formats are not an object")
-        plan = cls(preset, formats)
+        screen = Screen.from_json(data["screen"], spec) if "screen" in data else None
+        plan = cls(preset, formats, screen)
         plan.check(spec)
         return plan
+
+    def with_screen(self, screen: Screen, spec: ModelSpec) -> Plan:
+        """The same plan with a split head; a screen that it has is replaced."""
+        tensors = dict(stored_shapes(spec, replace(self, screen=None)))
+        formats: dict[str, Format] = {name: self.formats[name] for name in tensors}
+        for name, shape in screen_shapes(spec, screen).items():
+            formats[name] = "f32" if len(shape) == 1 else "q4"
+        return Plan(self.preset, formats, screen)
 
 
 def plan_preset(preset: str, source: SourceModel) -> Plan:
@@ -107,6 +124,8 @@ def stored_shapes(spec: ModelSpec, plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes = dict(spec.shapes())
     if spec.tied_head and plan.formats.get("embed") == "f16":
         shapes["head"] = shapes["embed"]
+    if plan.screen is not None:
+        shapes |= screen_shapes(spec, plan.screen)
     return shapes
 
 

@@ -19,7 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FL_ABI 2
+#define FL_ABI 3
 #define FL_PAGE_TOKENS 32  /* tokens in one KV page */
 #define FL_MAX_BATCH 256   /* tokens in one step */
 #define FL_MAX_THREADS 64
@@ -49,6 +49,7 @@ typedef struct {
     size_t weights_size;
     uint32_t n_pages;       /* KV pages in the arena; touched only when used */
     uint32_t max_sequences; /* sequences in one step, 1 .. FL_MAX_BATCH */
+    uint32_t exact_head;    /* 1: every logit is computed, also where the model has a screen */
 } fl_options;
 
 /* One step: `n_tokens` rows, grouped by sequence, positions rising by one inside a sequence.
@@ -64,12 +65,17 @@ typedef struct {
     uint32_t n_logits;          /* 0 .. n_tokens */
     const int32_t *logit_rows;  /* [n_logits], rows of this step that need logits */
     float *logits;              /* [n_logits][vocab] */
+    const uint8_t *exact;       /* [n_logits] 1: this row as with exact_head; NULL: none */
+    float *hidden;              /* [n_logits][d_model] what the head reads, after the final norm;
+                                   NULL: not wanted */
 } fl_batch;
 
 /* What this library was compiled for. Strings live as long as the library. */
 typedef struct {
     uint32_t abi;
     uint32_t vocab_size;
+    uint32_t d_model;
+    uint32_t has_screen;   /* 1: logits that cannot matter are estimated (fl_head.c) */
     uint32_t max_context;  /* positions the rotary tables cover */
     uint32_t page_tokens;
     size_t page_bytes;     /* of the arena, per page */
@@ -89,6 +95,16 @@ FL_API void fl_close(fl_engine *engine); /* NULL is allowed */
  * the ids of these and all earlier tokens alone, so that a page may be kept and written back. */
 FL_API fl_status fl_page_read(const fl_engine *engine, uint32_t page, void *out, size_t size);
 FL_API fl_status fl_page_write(fl_engine *engine, uint32_t page, const void *from, size_t size);
+
+/* What the split head has done since open; all 0 where the model has none. */
+typedef struct {
+    uint64_t rows;   /* of logits that were screened */
+    uint64_t full;   /* of these: computed in full, since the screen could not tell */
+    uint64_t estimated; /* logits that the others estimated with all columns, */
+    uint64_t exact;     /* blocks of 16 that they computed exactly */
+} fl_head_counts;
+
+FL_API void fl_count_head(const fl_engine *engine, fl_head_counts *counts);
 
 /* ---- sampling (fl_sample.c) ---- */
 

@@ -71,6 +71,15 @@ static size_t lay_out(fl_engine *e, uint8_t *memory, uint32_t n_threads) {
     e->act = carve_act(&c, s->in_groups, rows, fp32);
     e->hidden_act = carve_act(&c, s->hidden_groups, rows, fp32);
 
+    if (m->screen) {
+        size_t blocks = (size_t)ceil_to(m->vocab, FL_BLOCK_ROWS) / FL_BLOCK_ROWS;
+        e->exact_rows = carve(&c, rows * (size_t)m->d_model * f);
+        e->screen_rows = carve(&c, rows * (size_t)m->d_model * f);
+        e->tops = carve(&c, blocks * f);
+        e->rows = carve(&c, (size_t)m->screen->coarse.limit * sizeof(int32_t));
+        e->blocks = carve(&c, (size_t)m->screen->fine.limit * sizeof(int32_t));
+    }
+
     int32_t panel_groups = s->in_groups > s->hidden_groups ? s->in_groups : s->hidden_groups;
     for (uint32_t i = 0; i < n_threads; i++) {
         fl_thread t = {.engine = e, .id = i};
@@ -82,6 +91,13 @@ static size_t lay_out(fl_engine *e, uint8_t *memory, uint32_t n_threads) {
         t.answers = carve(&c, (size_t)FL_MAX_QUERIES * (size_t)m->head_dim * f);
         t.panel = carve(&c, FL_PANEL_BYTES(panel_groups));
         t.attend = carve(&c, FL_ATTEND_BYTES(m->head_dim));
+        if (m->screen) {
+            int32_t rows = m->screen->coarse.limit, most = m->screen->fine.limit;
+            size_t groups = (size_t)ceil_to(m->screen->rest.cols, FL_GROUP) / FL_GROUP;
+            t.passing = carve(&c, (size_t)(rows > most ? rows : most) * sizeof(int32_t));
+            t.block_codes = carve(&c, groups * 4 * FL_BLOCK_ROWS * sizeof(uint32_t));
+            t.block_scales = carve(&c, groups * FL_BLOCK_ROWS * sizeof(uint16_t));
+        }
         if (memory) e->threads[i] = t;
     }
     return c.used;
@@ -97,6 +113,8 @@ void fl_describe(fl_info *info, uint32_t n_threads) {
     *info = (fl_info){
         .abi = FL_ABI,
         .vocab_size = (uint32_t)FL_MODEL.vocab,
+        .d_model = (uint32_t)FL_MODEL.d_model,
+        .has_screen = FL_MODEL.screen != NULL,
         .max_context = (uint32_t)FL_MODEL.max_context,
         .page_tokens = FL_PAGE_TOKENS,
         .page_bytes = sizes.page_bytes,
@@ -159,6 +177,7 @@ fl_status fl_open(const fl_options *options, fl_engine **engine) {
     e->n_threads = e->active = options->n_threads;
     e->n_pages = options->n_pages;
     e->max_sequences = options->max_sequences;
+    e->exact_head = options->exact_head != 0;
     e->arena = arena;
     e->arena_bytes = arena_bytes;
     e->scratch = scratch;
@@ -252,6 +271,8 @@ fl_status fl_step(fl_engine *e, const fl_batch *batch) {
     choose_threads(e, begin, fl_os_clock());
     return FL_OK;
 }
+
+void fl_count_head(const fl_engine *e, fl_head_counts *counts) { *counts = e->counts; }
 
 /* NULL when the page is not there or a page is not that long. */
 static uint8_t *find_page(const fl_engine *e, uint32_t page, size_t size) {

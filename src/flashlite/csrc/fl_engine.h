@@ -36,6 +36,26 @@ typedef struct {
     size_t halves; /* FL_NONE when `packed` holds the table */
 } fl_table;
 
+/* What a stage of the split head hands on: what may reach `reach` below its 20th largest estimate;
+ * a row of logits that has more than `limit` goes through the full head. */
+typedef struct {
+    float reach;
+    int32_t limit;
+} fl_cut;
+
+/* The screen of a split head (see fl_head.c): a table in two parts, and floats at these offsets. */
+typedef struct {
+    fl_packed first; /* [vocab][rank] for every row */
+    fl_packed rest; /* [vocab][d_model - rank], row by row, for the rows that `coarse` hands on */
+    size_t project; /* [d_model][d_model] */
+    size_t shift; /* [d_model] */
+    size_t mean; /* [d_model] */
+    size_t bias; /* [vocab] */
+    size_t spread, rest_spread; /* [blocks] standard deviation of an estimate's error, by the norm
+                                   of the input left out or rounded; below 0: always exact */
+    fl_cut coarse, fine; /* of rows; of blocks */
+} fl_screen;
+
 typedef enum { FL_SILU, FL_GELU } fl_activation;
 
 typedef struct fl_thread fl_thread;
@@ -43,14 +63,15 @@ typedef struct fl_thread fl_thread;
 /* Sizes that decide memory; all others are arguments of the operations. */
 typedef struct {
     int32_t vocab, d_model, n_heads, n_kv_heads, head_dim, d_ff, n_layers, max_context;
-    const float *rope;       /* [head_dim / 2] angle per position */
+    const float *rope; /* [head_dim / 2] angle per position */
     const float *rope_local; /* the same for sliding layers, or NULL */
+    const fl_screen *screen; /* NULL: the head is always computed in full */
     size_t weights_size;
     const char *artifact;
     void (*forward)(fl_thread *t);
 } fl_model;
 
-extern const fl_model FL_MODEL;     /* model.c */
+extern const fl_model FL_MODEL; /* model.c */
 extern const fl_kernels *const FL_KERNELS; /* model.c: the table of this library's target */
 
 /* ---- operations; offsets are bytes into the weights ---- */
@@ -77,5 +98,8 @@ void fl_project_hidden(fl_thread *t, const fl_packed *w);
 void fl_project_hidden_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps);
 /* logits of the rows that the caller asked for */
 void fl_head(fl_thread *t, size_t norm, float eps, const fl_packed *head);
+/* the same, but exact only where it can matter, unless the caller asked for more */
+void fl_head_split(fl_thread *t, size_t norm, float eps, const fl_packed *head,
+                   const fl_screen *screen);
 
 #endif

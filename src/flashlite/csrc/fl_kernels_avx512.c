@@ -328,12 +328,14 @@ INLINE __m512 add_group(__m512 acc, __m512i dot, __m512 scale, float scale_x) {
 INLINE void gemv_as(fl_format format, float *y, const fl_linear *w, int32_t block0, int32_t block1,
                     const fl_act *act) {
     cursor at = cursor_at(format, w, block0);
+    /* What follows a block that stands alone is not read. */
+    size_t ahead = block1 - block0 > 1 ? AHEAD / code_bytes(format) : 0;
     for (int32_t b = block0; b < block1; b++, y += FL_BLOCK_ROWS) {
         const int32_t *x = act->codes;
         __m512 acc = _mm512_setzero_ps();
         for (int32_t g = 0; g < w->groups; g++, x += 8) {
             __m512i even = start(format, act->offset[g]), odd = _mm512_setzero_si512();
-            prefetch_group(format, &at, AHEAD / code_bytes(format), 0, 1);
+            prefetch_group(format, &at, ahead, 0, 1);
             UNROLL for (size_t k4 = 0; k4 < 8; k4 += 2) {
                 even = _mm512_dpbusd_epi32(even, columns(format, at.codes, k4),
                                            _mm512_set1_epi32(x[k4]));

@@ -5,6 +5,7 @@
 #include "fl_engine.h"
 
 #define FL_GATED_GROUPS 4 /* groups of d_ff that one thread takes through the gated MLP together */
+#define FL_SURE 20 /* estimates that set the bar of the split head */
 #define FL_GATED_COLS (FL_GATED_GROUPS * FL_GROUP)
 
 /* Sizes derived from a model, in elements; every row starts on a whole block. */
@@ -31,6 +32,13 @@ struct fl_thread {
     float *answers; /* [FL_MAX_QUERIES][head_dim] */
     void *panel; /* kernels' scratch */
     void *attend;
+    int32_t *passing; /* [the larger limit] rows or blocks that this thread hands on */
+    int32_t n_passing;
+    float peaks[2]
+               [FL_SURE]; /* its largest first estimates of blocks, second ones of rows, falling */
+    uint32_t *block_codes; /* [groups of the screen's second part][4][16] one block of it */
+    uint16_t *block_scales; /* [groups][16] */
+    float best; /* its largest exact value */
     fl_act input; /* what the next linear operation reads: `own` or the engine's */
 };
 
@@ -57,6 +65,14 @@ struct fl_engine {
     float *angles[2]; /* [head_dim / 2] pairs cos, sin: global, local */
     fl_act act; /* input of linear operations when there are several tokens */
     fl_act hidden_act; /* input of the down projection */
+
+    float *exact_rows; /* [d_model] input of the head; split head only */
+    float *screen_rows; /* [d_model] input of the screen */
+    float *tops; /* [blocks of the vocabulary] the largest first estimate of each */
+    int32_t *rows, *blocks; /* [limit of each cut] what goes on from it, rising */
+
+    int exact_head;
+    fl_head_counts counts;
 
     fl_event start; /* set once per step, and once to quit: number of the step, threads in it */
     fl_barrier barrier;

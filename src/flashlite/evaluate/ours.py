@@ -21,6 +21,8 @@ __all__ = ["Model", "decode_seconds", "prefill_seconds"]
 class Model:
     """An artifact open in flashlite: checked, its library from the cache, its tokenizer loaded."""
 
+    exact_head = False
+
     def __init__(self, path: str, threads: int, context: int, sequences: int = 1) -> None:
         artifact = open_artifact(Path(path))
         self._tokenizer = Tokenizer(load_texts(artifact), name=artifact.name)
@@ -31,6 +33,7 @@ class Model:
             max_tokens=context,
             threads=threads,
             max_sequences=sequences,
+            exact_head=self.exact_head,
         )
 
     def prefill(self, ids: Seq[int]) -> float:

@@ -20,9 +20,10 @@ __all__ = ["Measurer", "our_command", "peer_command"]
 _HERE = Path(__file__).parent
 
 
-def our_command() -> list[str]:
+def our_command(*, exact_head: bool = False) -> list[str]:
     """Starts the process that measures flashlite itself."""
-    return [sys.executable, "-m", "flashlite.evaluate.worker", str(_HERE / "ours.py")]
+    script = _HERE / ("ours_exact.py" if exact_head else "ours.py")
+    return [sys.executable, "-m", "flashlite.evaluate.worker", str(script)]
 
 
 def peer_command(python: Path, script: Path) -> list[str]:

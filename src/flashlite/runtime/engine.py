@@ -16,7 +16,7 @@ from flashlite.errors import ContextOverflow, EngineError, UsageError
 from flashlite.runtime.kvpages import PagePool, PageTable, pages_for
 from flashlite.runtime.library import ABI, MAX_BATCH, PAGE_TOKENS, CBatch, COptions, Library
 
-__all__ = ["Engine", "Sequence", "Work", "default_threads"]
+__all__ = ["Engine", "HeadCounts", "Sequence", "Work", "default_threads"]
 
 _MAX_THREADS = 64
 
@@ -88,6 +88,17 @@ class Work:
     sequence: Sequence
     ids: Seq[int] | NDArray[np.int32]
     logits: Literal["none", "last", "all"] = "last"
+    exact_head: bool = False  # compute every logit, also where the model has a screen
+
+
+@dataclass(frozen=True)
+class HeadCounts:
+    """What the split head has done; all 0 where the model has none."""
+
+    rows: int  # of logits that were screened
+    full: int  # of these: computed in full, since the screen could not tell
+    estimated: int  # logits that the others estimated with all columns
+    exact: int  # blocks of 16 that they computed exactly
 
 
 class Engine:
@@ -108,6 +119,7 @@ class Engine:
         threads: int | None = None,
         max_sequences: int = 1,
         max_draft: int = 0,
+        exact_head: bool = False,
     ) -> None:
         """Open the engine.
 
@@ -119,6 +131,7 @@ class Engine:
             max_sequences: sequences in one step, 1 .. 256.
             max_draft: rows of logits kept ready beside one per sequence; a step that asks for
                 more takes fresh memory.
+            exact_head: compute every logit, also where the model has a screen.
 
         Raises:
             UsageError: a number is outside its range.
@@ -143,12 +156,14 @@ class Engine:
             weights_size=weights.nbytes,
             n_pages=self.pool.n_pages,
             max_sequences=max_sequences,
+            exact_head=exact_head,
         )
         self._handle = library.open(options)
         self._tokens = np.zeros(MAX_BATCH, np.int32)
         self._positions = np.zeros(MAX_BATCH, np.int32)
         self._sequences = np.zeros(MAX_BATCH, np.int32)
         self._logit_rows = np.zeros(MAX_BATCH, np.int32)
+        self._exact = np.zeros(MAX_BATCH, np.uint8)
         self._pages = np.zeros((max_sequences, self.pool.n_pages), np.int32)
         self._logits = np.zeros((max_sequences + max_draft, self.vocab_size), np.float32)
 
@@ -194,8 +209,27 @@ class Engine:
         table.reserve(max_tokens, beginning)
         return Sequence(table, prompt)
 
-    def step(self, work: Seq[Work]) -> NDArray[np.float32]:
+    @property
+    def head_counts(self) -> HeadCounts:
+        """What the split head has done since the engine was opened.
+
+        Raises:
+            EngineError: the engine is closed.
+        """
+        counts = self.library.count_head(self._open_handle())
+        return HeadCounts(
+            int(counts.rows), int(counts.full), int(counts.estimated), int(counts.exact)
+        )
+
+    def step(
+        self, work: Seq[Work], *, hidden: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
         """Append tokens to sequences and return the logits asked for.
+
+        Args:
+            work: what to append to which sequence.
+            hidden: float32 (rows, d_model), filled with what the head reads for every row of
+                logits, after the final norm.
 
         Returns:
             float32 (rows, vocab), in order of `work`. With one row per sequence, and `max_draft`
@@ -206,6 +240,10 @@ class Engine:
             EngineError: the batch is empty, too large, or holds an id outside the vocabulary.
         """
         n, rows = self._fill(work)
+        if hidden is not None and (
+            hidden.shape != (rows, int(self.info.d_model)) or not hidden.flags.c_contiguous
+        ):
+            raise EngineError(f"hidden is {hidden.shape}, the step has {rows} rows of logits")
         logits = self._logits
         if rows > len(logits):  # "all": evaluation, not serving
             logits = np.empty((rows, self.vocab_size), np.float32)
@@ -220,6 +258,8 @@ class Engine:
             n_logits=rows,
             logit_rows=self._logit_rows.ctypes.data,
             logits=logits.ctypes.data,
+            exact=self._exact.ctypes.data,
+            hidden=None if hidden is None else hidden.ctypes.data,
         )
         self.library.step(self._handle, batch)
         for item in work:
@@ -268,6 +308,7 @@ class Engine:
             held = sequence.table.ids
             self._pages[index, : len(held)] = held
             wanted = {"none": 0, "last": 1, "all": count}[item.logits]
+            self._exact[rows : rows + wanted] = item.exact_head
             self._logit_rows[rows : rows + wanted] = np.arange(end - wanted, end)
             rows += wanted
             n = end

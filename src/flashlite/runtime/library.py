@@ -15,6 +15,7 @@ __all__ = [
     "PAGE_TOKENS",
     "CBatch",
     "CDraw",
+    "CHeadCounts",
     "CInfo",
     "COptions",
     "CSampling",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 # As in fl.h; the library repeats them in fl_describe and is refused when it disagrees.
-ABI = 2
+ABI = 3
 MAX_BATCH = 256
 PAGE_TOKENS = 32
 
@@ -38,6 +39,7 @@ class COptions(ctypes.Structure):
         ("weights_size", c_size_t),
         ("n_pages", c_uint32),
         ("max_sequences", c_uint32),
+        ("exact_head", c_uint32),
     ]
 
 
@@ -55,6 +57,8 @@ class CBatch(ctypes.Structure):
         ("n_logits", c_uint32),
         ("logit_rows", c_void_p),
         ("logits", c_void_p),
+        ("exact", c_void_p),
+        ("hidden", c_void_p),
     ]
 
 
@@ -64,6 +68,8 @@ class CInfo(ctypes.Structure):
     _fields_ = [
         ("abi", c_uint32),
         ("vocab_size", c_uint32),
+        ("d_model", c_uint32),
+        ("has_screen", c_uint32),
         ("max_context", c_uint32),
         ("page_tokens", c_uint32),
         ("page_bytes", c_size_t),
@@ -71,6 +77,17 @@ class CInfo(ctypes.Structure):
         ("scratch_bytes", c_size_t),
         ("isa", c_char_p),
         ("artifact", c_char_p),
+    ]
+
+
+class CHeadCounts(ctypes.Structure):
+    """`fl_head_counts`."""
+
+    _fields_ = [
+        ("rows", c_uint64),
+        ("full", c_uint64),
+        ("estimated", c_uint64),
+        ("exact", c_uint64),
     ]
 
 
@@ -123,6 +140,7 @@ class Library:
             "fl_open": (c_int32, [POINTER(COptions), POINTER(c_void_p)]),
             "fl_step": (c_int32, [c_void_p, POINTER(CBatch)]),
             "fl_close": (None, [c_void_p]),
+            "fl_count_head": (None, [c_void_p, POINTER(CHeadCounts)]),
             "fl_page_read": (c_int32, [c_void_p, c_uint32, c_void_p, c_size_t]),
             "fl_page_write": (c_int32, [c_void_p, c_uint32, c_void_p, c_size_t]),
             "fl_sample": (
@@ -168,6 +186,12 @@ class Library:
     def close(self, handle: c_void_p) -> None:
         """Stop the engine's threads and release its memory."""
         self._c.fl_close(handle)
+
+    def count_head(self, handle: c_void_p) -> CHeadCounts:
+        """What the split head has done since the engine was opened."""
+        counts = CHeadCounts()
+        self._c.fl_count_head(handle, counts)
+        return counts
 
     def read_page(self, handle: c_void_p, page: int, out: int, size: int) -> None:
         """Copy a KV page to the address `out`.

@@ -96,7 +96,7 @@ class Ledger:
     `arena`: KV positions of all sequences together; sequences that do not fit wait for pages.
     """
 
-    weights: int
+    weights: int  # without the screen
     scratch: int  # of the engine, for all its threads
     logits: int
     sampling: int  # sorting space of the sampler, shared by all requests
@@ -105,6 +105,7 @@ class Ledger:
     page_tokens: int
     sequences: int  # that run at once
     reserved: Mapping[str, int] = field(default_factory=dict)  # other parts of the process, by name
+    screen: int = 0  # of the split head, beside the weights
 
     def pages(self, arena: int) -> int:
         """Pages of an arena of this many positions."""
@@ -123,6 +124,7 @@ class Ledger:
         """Every term by name."""
         return {
             "weights": self.weights,
+            **({"screen": self.screen} if self.screen else {}),
             "KV cache": self.arena_bytes(arena),
             "scratch": self.scratch,
             "logits": self.logits,

@@ -289,6 +289,7 @@ def load(
     max_sequences: int = 1,
     prefix_cache: bool = True,
     speculate: bool = True,
+    exact_head: bool = False,
     reserved: Mapping[str, int] | None = None,
     accept_license: bool = False,
     offline: bool = False,
@@ -310,6 +311,7 @@ def load(
         max_sequences: conversations that run at once.
         prefix_cache: reuse what prompts that begin equally stored, also after a restart.
         speculate: check guessed tokens, where that is faster; the answer stays the same.
+        exact_head: compute every logit, also where the artifact has a split head.
         reserved: bytes that other parts of the process will take, by name: `max_mem` leaves room
             for them.
         accept_license: for models whose licence asks for it.
@@ -342,6 +344,7 @@ def load(
         max_sequences=max_sequences,
         prefix_cache=prefix_cache,
         speculate=speculate,
+        exact_head=exact_head,
         reserved=reserved,
     )
 
@@ -357,6 +360,7 @@ def open_model(
     max_sequences: int = 1,
     prefix_cache: bool = True,
     speculate: bool = True,
+    exact_head: bool = False,
     reserved: Mapping[str, int] | None = None,
 ) -> Model:
     """Compile and open an artifact; arguments as `load`.
@@ -392,6 +396,7 @@ def open_model(
             threads=threads,
             max_sequences=max_sequences,
             max_draft=draft,
+            exact_head=exact_head,
         )
         scheduler = Scheduler(
             engine,
@@ -507,7 +512,8 @@ def make_ledger(
     info = library.describe(threads)
     vocab = int(info.vocab_size)
     return Ledger(
-        weights=artifact.weights_size,
+        weights=artifact.weights_size - artifact.screen_bytes,
+        screen=artifact.screen_bytes,
         scratch=int(info.scratch_bytes),
         logits=(max_sequences + draft) * vocab * 4,
         sampling=vocab * 8,

@@ -13,24 +13,33 @@ from pathlib import Path
 from blake3 import blake3
 
 from flashlite import paths
-from flashlite.artifact.format import Artifact
+from flashlite.artifact.format import FORMAT_VERSION, Artifact
 from flashlite.artifact.read import open_artifact
 from flashlite.checkpoint.pull import Pulled, pull
 from flashlite.codegen.emit import emit_model
 from flashlite.codegen.target import Target, host_target
 from flashlite.codegen.toolchain import build_library
-from flashlite.errors import ArtifactError, CompileError
+from flashlite.errors import (
+    ArtifactError,
+    CompileError,
+    CompressError,
+    UnsupportedTarget,
+    UsageError,
+)
 
 __all__ = [
     "DEFAULT_MODEL",
+    "SPLIT_HEAD",
     "Progress",
     "artifact_path",
     "compile_artifact",
     "find_artifact",
     "make_artifact",
+    "split_head",
 ]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+SPLIT_HEAD = ("auto", "off", "on")
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something long runs."""
@@ -71,9 +80,17 @@ def find_artifact(
 
 
 def make_artifact(
-    pulled: Pulled, preset: str, directory: Path, *, progress: Progress | None = None
+    pulled: Pulled,
+    preset: str,
+    directory: Path,
+    *,
+    head: str = "auto",
+    progress: Progress | None = None,
 ) -> Artifact:
     """Quantize a pulled checkpoint into `directory`; it appears whole or not at all.
+
+    Args:
+        head: `split_head`'s mode.
 
     Raises:
         FlashliteError: the checkpoint, its tokenizer or the disk is at fault.
@@ -87,7 +104,7 @@ def make_artifact(
     checkpoint = open_checkpoint(pulled.path)
     source = describe(checkpoint)
     tokenizer = build_tokenizer_checked(checkpoint)
-    return quantize(
+    artifact = quantize(
         source,
         tokenizer,
         directory,
@@ -100,6 +117,66 @@ def make_artifact(
         },
         progress=_stage(progress, "quantize"),
     )
+    return split_head(artifact, head, progress=progress)
+
+
+def split_head(artifact: Artifact, mode: str, *, progress: Progress | None = None) -> Artifact:
+    """Give an artifact a split head, fitted to text sampled from the model, and write it anew.
+
+    Args:
+        artifact: its other tensors stay as they are.
+        mode: `off`: none; `auto`: one where it is good enough and saves enough, and the model can
+            be compiled here; `on`: one, or an error.
+
+    Raises:
+        UsageError: there is no such mode.
+        CompressError: `on`, and no screen is good enough.
+        FlashliteError: `on`, and the model cannot be compiled or opened here.
+    """
+    if mode not in SPLIT_HEAD:
+        raise UsageError(f"split head is {mode!r}, choose one of {', '.join(SPLIT_HEAD)}")
+    if mode == "off":
+        return artifact
+    from flashlite.artifact.read import load_weights, packed
+    from flashlite.artifact.write import add_screen
+    from flashlite.compress.split_head import fit_screen, head_bytes, is_worth_trying
+    from flashlite.runtime.states import sample_states
+
+    spec, weights = artifact.spec, load_weights(artifact)
+    table = packed(artifact, weights, "head")
+    # A step reads one row of a look-up table that is stored apart.
+    apart = {"embed"} if artifact.stored_name("head") == "head" else set()
+    read = sum(t.nbytes for n, t in artifact.tensors.items() if n.split(".")[0] not in apart)
+    body = read - head_bytes(table)
+    if mode == "auto" and not is_worth_trying(table, body):
+        return artifact
+    try:
+        fitting = sample_states(artifact, progress=_stage(progress, "sample"))
+        checking = sample_states(
+            artifact, check=True, seed=1 << 20, progress=_stage(progress, "sample to check")
+        )
+    except (CompileError, UnsupportedTarget):
+        if mode == "auto":
+            return artifact
+        raise
+    fitted = fit_screen(
+        table,
+        (spec.vocab_size, spec.d_model),
+        fitting.values,
+        checking.values,
+        body_bytes=body,
+        always=artifact.tokens.eos,
+        must_save=mode == "auto",
+        progress=_stage(progress, "split head"),
+    )
+    if fitted is None:
+        if mode == "auto":
+            return artifact
+        raise CompressError(
+            f"{artifact.name}: no split head keeps the likeliest tokens exact often enough; "
+            "leave it to --split-head auto"
+        )
+    return add_screen(artifact, fitted)
 
 
 def compile_artifact(artifact: Artifact, target: Target | None = None) -> Path:
@@ -128,10 +205,12 @@ def artifact_path(pulled: Pulled, preset: str) -> Path:
     """Where the artifact of this exact source and preset is kept.
 
     A pulled model is known by its digest; a user's own file by its path, size and time of change.
+    What was made before artifacts could hold what they hold now is not found.
     """
     status = pulled.path.stat()
     identity = pulled.sha256 or f"{status.st_size} {status.st_mtime_ns}"
-    mark = blake3(f"{pulled.path.resolve()} {identity}".encode()).hexdigest()[:8]
+    known = f"{pulled.path.resolve()} {identity} {FORMAT_VERSION}"
+    mark = blake3(known.encode()).hexdigest()[:8]
     return paths.data_dir() / "artifacts" / f"{_artifact_name(pulled)}-{preset}-{mark}.fl"
 
 

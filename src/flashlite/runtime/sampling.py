@@ -57,6 +57,17 @@ class SamplingParams:
     max_tokens: int | None = None  # None: until the context is full
     logprobs: int | None = None  # None: none; 0: of the chosen token; n: of the n likeliest too
 
+    @property
+    def needs_exact_logits(self) -> bool:
+        """Whether any token's logit may be asked for or raised, so that none can be an estimate."""
+        return (
+            self.logprobs is not None
+            or bool(self.logit_bias)
+            or self.repetition_penalty < 1
+            or self.presence_penalty < 0
+            or self.frequency_penalty < 0
+        )
+
     def check(self, vocab_size: int | None = None) -> None:
         """Refuse what no sampler could honour.
 

@@ -238,7 +238,8 @@ class Scheduler:
             if generation.pending is not None and generation.sequence is not None:
                 draft = self._draft(generation, n_decoding - 1) if drafts else []
                 ids = [generation.pending, *draft]
-                work = Work(generation.sequence, ids, "all" if draft else "last")
+                exact = generation.params.needs_exact_logits
+                work = Work(generation.sequence, ids, "all" if draft else "last", exact)
                 batch.append((generation, work))
         left = min(MAX_BATCH - len(batch), CHUNK_BESIDE_DECODE if batch else MAX_BATCH)
         for generation in self._running:
@@ -247,7 +248,8 @@ class Scheduler:
                 continue
             chunk = generation.prompt[done : done + left]
             ends = done + len(chunk) == len(generation.prompt)
-            work = Work(generation.sequence, chunk, "last" if ends else "none")
+            exact = generation.params.needs_exact_logits
+            work = Work(generation.sequence, chunk, "last" if ends else "none", exact)
             batch.append((generation, work))
             left -= len(chunk)
         return batch

@@ -157,6 +157,11 @@ static fl_batch any_batch(fz_input *in, int hostile) {
         logit_rows[i] = maybe_hostile(in, hostile, (int32_t)fz_below(in, (uint32_t)n), b.n_tokens);
     b.tokens = tokens, b.positions = positions, b.sequences = sequences, b.pages = pages;
     b.logit_rows = logit_rows;
+    if (fz_below(in, 2)) {
+        uint8_t *exact = fz_get(n_logits);
+        for (size_t i = 0; i < n_logits; i++) exact[i] = (uint8_t)fz_below(in, 2);
+        b.exact = exact;
+    }
     return b;
 }
 
@@ -187,19 +192,22 @@ void fz_step(fz_input *in) {
     fl_batch b = any_batch(in, hostile);
     int valid = is_valid(&b), without = fz_rarely(in); /* no place for the logits */
     size_t n = valid ? b.n_logits * (size_t)info.vocab_size : 0;
+    size_t states = valid && fz_below(in, 2) ? b.n_logits * (size_t)info.d_model : 0;
     if (without && b.n_logits) valid = 0;
-    const float *oracle = NULL;
+    const float *oracle = NULL, *oracle_states = NULL;
     uint8_t *page = fz_get(info.page_bytes), *ours = fz_get(info.page_bytes);
     size_t other = fz_below(in, (uint32_t)fz_n_tables); /* beside the plain one */
     for (size_t i = 0; i <= other; i += other ? other : 1) {
         fl_engine *e = engine_of(i);
         float *logits = b.logits = fz_get_shifted(n * sizeof(float), 4);
+        float *hidden = b.hidden = states ? fz_get_shifted(states * sizeof(float), 4) : NULL;
         if (without) b.logits = NULL;
         fl_status status = fl_step(e, &b);
         fz_require(status == (valid ? FL_OK : FL_BAD_ARGUMENT), "fl_step: the status of a batch");
-        if (i == 0) oracle = logits;
+        if (i == 0) oracle = logits, oracle_states = hidden;
         if (i == 0 || !valid || fz_tables[i]->fp32) continue;
         fz_same_floats("logits", fz_tables[i]->isa, logits, oracle, n);
+        if (states) fz_same_floats("states", fz_tables[i]->isa, hidden, oracle_states, states);
         for (uint32_t p = 0; p < PAGES; p++) {
             fl_page_read(engines[0], p, page, info.page_bytes);
             fl_page_read(e, p, ours, info.page_bytes);
