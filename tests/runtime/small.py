@@ -14,7 +14,8 @@ from flashlite.artifact.read import load_weights, tensor
 from flashlite.artifact.write import quantize
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
-from flashlite.codegen.target import host_target
+from flashlite.codegen.target import check_isa, host_target
+from flashlite.errors import UnsupportedTarget
 from flashlite.model.families import describe
 from flashlite.model.reference import Reference
 from flashlite.runtime.engine import Engine, Sequence, Work
@@ -45,6 +46,15 @@ class Small:
     def ids(self, n: int, seed: int = 0) -> NDArray[np.int32]:
         rng = np.random.default_rng(seed)
         return rng.integers(0, self.artifact.spec.vocab_size, n).astype(np.int32)
+
+
+def runs(isa: str) -> bool:
+    """Whether this CPU does."""
+    try:
+        check_isa(isa)
+    except UnsupportedTarget:
+        return False
+    return True
 
 
 def quantize_small(path: Path, preset: str, folder: Path) -> Small:

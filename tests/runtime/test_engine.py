@@ -10,28 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import FAMILIES, Small, all_logits
+from small import FAMILIES, Small, all_logits, runs
 
-from flashlite.codegen.target import ISAS, check_isa
+from flashlite.codegen.target import ISAS
 from flashlite.errors import (
     ContextOverflow,
     EngineError,
     MemoryCeiling,
-    UnsupportedTarget,
     UsageError,
 )
 from flashlite.model.metrics import kl_divergence
 from flashlite.runtime.engine import Work
 
 HERE = Path(__file__).parent.parent
-
-
-def runs(isa: str) -> bool:
-    try:
-        check_isa(isa)
-    except UnsupportedTarget:
-        return False
-    return True
 
 
 INTEGER_ISAS = [

@@ -8,18 +8,18 @@ import make_gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from small import NO_TEXT, Small, all_logits
+from small import NO_TEXT, Small, all_logits, runs
 from split import Floats, estimates, fit, states_of, with_screen
 
 from flashlite.artifact.read import load_weights
 from flashlite.artifact.write import quantize
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.pull import pull
-from flashlite.codegen.target import ISAS, check_isa
+from flashlite.codegen.target import ISAS
 from flashlite.compress.pack import BLOCK_ROWS
 from flashlite.compress.screen import Cut
 from flashlite.compress.split_head import Fitted
-from flashlite.errors import EngineError, UnsupportedTarget
+from flashlite.errors import EngineError
 from flashlite.model.families import describe
 from flashlite.model.metrics import kl_divergence
 from flashlite.runtime import prepare
@@ -30,14 +30,6 @@ from flashlite.runtime.prepare import artifact_path, compile_artifact, split_hea
 
 N = 120
 MARGINS = 1e-3  # float sums in another order
-
-
-def runs(isa: str) -> bool:
-    try:
-        check_isa(isa)
-    except UnsupportedTarget:
-        return False
-    return True
 
 
 INTEGER_ISAS = [isa for isa in ISAS if isa != "fp32" and runs(isa)]

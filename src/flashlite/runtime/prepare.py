@@ -152,9 +152,7 @@ def split_head(artifact: Artifact, mode: str, *, progress: Progress | None = Non
         return artifact
     try:
         fitting = sample_states(artifact, progress=_stage(progress, "sample"))
-        checking = sample_states(
-            artifact, check=True, seed=1 << 20, progress=_stage(progress, "sample to check")
-        )
+        checking = sample_states(artifact, check=True, progress=_stage(progress, "sample to check"))
     except (CompileError, UnsupportedTarget):
         if mode == "auto":
             return artifact
@@ -162,8 +160,8 @@ def split_head(artifact: Artifact, mode: str, *, progress: Progress | None = Non
     fitted = fit_screen(
         table,
         (spec.vocab_size, spec.d_model),
-        fitting.values,
-        checking.values,
+        fitting,
+        checking,
         body_bytes=body,
         always=artifact.tokens.eos,
         must_save=mode == "auto",

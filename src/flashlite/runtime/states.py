@@ -9,7 +9,7 @@ leaks into a model, and from the model's own text, since that is what it will be
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from flashlite.runtime.prepare import compile_artifact
 from flashlite.runtime.sampler import Sampler
 from flashlite.runtime.sampling import SamplingParams
 
-__all__ = ["OPENINGS", "Opening", "States", "sample_states"]
+__all__ = ["OPENINGS", "Opening", "sample_states"]
 
 
 @dataclass(frozen=True)
@@ -123,83 +123,59 @@ _TOKENS = 200  # sampled from each beginning
 _FITTED = (0.0, 0.7, 0.7, 1.0, 1.0)  # temperatures of texts to fit to
 _CHECKED = (0.7, 1.0)  # and to measure on: texts at 0 repeat themselves and are screened well
 _CHECKED_TOKENS = 60
-
-
-@dataclass(frozen=True)
-class States:
-    """States in the order of their texts."""
-
-    values: NDArray[np.float32]  # [n, d_model] after the final norm
-    texts: NDArray[np.int32]  # [n] which text each comes from
-    languages: tuple[str, ...]  # by text
+_CHECKED_SEED = 1 << 20  # of the first text; those to fit to begin at 0
 
 
 def sample_states(
     artifact: Artifact,
     *,
     check: bool = False,
-    openings: Sequence[Opening] = OPENINGS,
-    tokens: int | None = None,
-    temperatures: Sequence[float] | None = None,
-    seed: int = 0,
-    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> States:
-    """Let a model write, and keep what its head reads.
+) -> NDArray[np.float32]:
+    """Let a model write, and keep what its head reads; the same every time.
 
     Args:
         artifact: the model; its head is used in full.
         check: of the beginnings that are measured on, instead of those that are fitted to.
-        openings: each text is continued at each temperature; chat models answer its question too.
-        tokens: written after each beginning, or until the model ends its text. None: as what they
-            are for asks.
-        temperatures: 0 takes the likeliest token, once only. None: as what they are for asks.
-        seed: of the first text; equal seeds give equal states.
-        threads: None: one per core.
         progress: called with (texts written, texts in all).
+
+    Returns:
+        float32 [n, d_model] after the final norm, text after text.
 
     Raises:
         FlashliteError: the artifact cannot be compiled or opened.
     """
     tokenizer = Tokenizer(load_texts(artifact), name=artifact.name)
-    if tokens is None:
-        tokens = _CHECKED_TOKENS if check else _TOKENS
+    tokens = _CHECKED_TOKENS if check else _TOKENS
+    seed = _CHECKED_SEED if check else 0
     jobs = [
-        (opening.language, ids, temperature)
-        for opening in openings
+        (ids, temperature)
+        for opening in OPENINGS
         for ids in _beginnings(tokenizer, opening, int(check))
-        for temperature in (temperatures or (_CHECKED if check else _FITTED))
+        for temperature in (_CHECKED if check else _FITTED)
     ]
-    longest = max(len(ids) for _, ids, _ in jobs) + tokens
-    library = load_library(compile_artifact(artifact))
+    longest = max(len(ids) for ids, _ in jobs) + tokens
     batch = min(len(jobs), 32)
     ends = frozenset(artifact.tokens.eos)
-    values: list[NDArray[np.float32]] = []
-    texts: list[NDArray[np.int32]] = []
+    states: list[NDArray[np.float32]] = []
     with Engine(
-        library,
+        load_library(compile_artifact(artifact)),
         load_weights(artifact),
         max_tokens=batch * (longest + 32),
-        threads=threads,
         max_sequences=batch,
         exact_head=True,
     ) as engine:
         for first in range(0, len(jobs), batch):
             if progress is not None:
                 progress(first, len(jobs))
-            part = jobs[first : first + batch]
             writers = [
                 _Writer(engine, ids, tokens, temperature, seed + first + i)
-                for i, (_, ids, temperature) in enumerate(part)
+                for i, (ids, temperature) in enumerate(jobs[first : first + batch])
             ]
             _write(engine, writers, ends)
-            for i, writer in enumerate(writers):
-                states = np.array(writer.states, np.float32)
-                values.append(states)
-                texts.append(np.full(len(states), first + i, np.int32))
-    return States(
-        np.concatenate(values), np.concatenate(texts), tuple(language for language, _, _ in jobs)
-    )
+            for writer in writers:
+                states += writer.states
+    return np.array(states, np.float32)
 
 
 class _Writer:
@@ -227,7 +203,7 @@ class _Writer:
 
 
 def _write(engine: Engine, writers: list[_Writer], ends: frozenset[int]) -> None:
-    for writer in writers:  # beginnings are short: one step each
+    for writer in writers:
         for at in range(0, len(writer.next) - 1, MAX_BATCH):
             engine.step([Work(writer.sequence, writer.next[at:-1][:MAX_BATCH], "none")])
         writer.next = writer.next[-1:]
