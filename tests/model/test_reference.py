@@ -178,3 +178,17 @@ def _fixture_script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_layers_one_by_one_are_the_whole(case: Any) -> None:
+    weights = in_memory(case.source)
+    seen: dict[str, tuple[int, ...]] = {}
+    spec = case.source.spec
+    reference = Reference(spec, weights, lambda name, x: seen.update({name: x.shape}))
+    x = reference.embed(case.ids)
+    for i in range(spec.n_layers):
+        x = reference.layer(i, x)
+    found = reference.head(reference.final_norm(x))
+    np.testing.assert_array_equal(found, Reference(spec, weights).logits(case.ids))
+    matrices = {n: s for n, s in spec.shapes() if len(s) == 2 and n.startswith("layers.")}
+    assert seen == {name: (len(case.ids), shape[1]) for name, shape in matrices.items()}

@@ -20,10 +20,11 @@ from flashlite.errors import ContextOverflow, UsageError
 from flashlite.model.rope import rope_tables, rotate
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["Reference"]
+__all__ = ["Floats", "Observer", "Reference", "Weights"]
 
 Floats = NDArray[np.float32]
 Weights = Mapping[str, Floats] | Callable[[str], Floats]
+Observer = Callable[[str, Floats], None]  # (name of a matrix, what it multiplies: (ids, inputs))
 
 _QUERY_ROWS = 512  # query positions scored at once: bounds the score matrix
 
@@ -31,7 +32,7 @@ _QUERY_ROWS = 512  # query positions scored at once: bounds the score matrix
 class Reference:
     """A transformer described by a `ModelSpec`, computed with NumPy in float32."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, observe: Observer | None = None) -> None:
         """Keep the spec and the weights; nothing is read yet.
 
         Args:
@@ -39,8 +40,10 @@ class Reference:
             weights: canonical name -> float32 array in its canonical shape: a mapping, or a
                 function such as `SourceModel.tensor`, which is called once per tensor and pass
                 so that no two layers need to be in memory at once.
+            observe: called with the inputs of every matrix of a layer, before it multiplies them.
         """
         self.spec = spec
+        self._observe = observe
         self._weight = weights if callable(weights) else weights.__getitem__
 
     def logits(self, ids: NDArray[np.integer], rows: slice = slice(None)) -> Floats:
@@ -50,8 +53,7 @@ class Reference:
             UsageError: `ids` is empty, not one-dimensional, or holds an id outside the vocabulary.
             ContextOverflow: more ids than the model has positions.
         """
-        head = self._weight("embed" if self.spec.tied_head else "head")
-        return _linear(self.hidden(ids)[rows], head)
+        return self.head(self.hidden(ids)[rows])
 
     def hidden(self, ids: NDArray[np.integer]) -> Floats:
         """What the head reads: the residual after the final norm, (ids, d_model).
@@ -59,18 +61,38 @@ class Reference:
         Raises:
             UsageError, ContextOverflow: as `logits`.
         """
-        spec = self.spec
+        x = self.embed(ids)
+        for i in range(self.spec.n_layers):
+            x = self.layer(i, x)
+        return self.final_norm(x)
+
+    def embed(self, ids: NDArray[np.integer]) -> Floats:
+        """What the first layer reads, (ids, d_model).
+
+        Raises:
+            UsageError, ContextOverflow: as `logits`.
+        """
         self._check(ids)
-        x = self._weight("embed")[ids] * np.float32(spec.embed_scale)
-        positions = np.arange(len(ids))
-        tables = {local: rope_tables(spec, positions, local) for local in (False, True)}
-        for i in range(spec.n_layers):
-            x = x + self._attention(i, x, *tables[spec.slides(i)])
-            x = x + self._mlp(i, x)
+        x: Floats = self._weight("embed")[ids] * np.float32(self.spec.embed_scale)
+        return x
+
+    def layer(self, i: int, x: Floats) -> Floats:
+        """The residual after layer `i`, given the one before it: both (positions, d_model)."""
+        x = x + self._attention(i, x)
+        return x + self._mlp(i, x)
+
+    def final_norm(self, x: Floats) -> Floats:
+        """What the head reads, given the residual after the last layer."""
         return self._norm("final_norm", x)
 
-    def _attention(self, i: int, x: Floats, cos: Floats, sin: Floats) -> Floats:
+    def head(self, hidden: Floats) -> Floats:
+        """Scores of every token, (rows, vocab), given what `hidden` or `final_norm` returns."""
+        logits: Floats = hidden @ self._weight("embed" if self.spec.tied_head else "head").T
+        return logits
+
+    def _attention(self, i: int, x: Floats) -> Floats:
         spec, layer = self.spec, f"layers.{i}."
+        cos, sin = rope_tables(spec, np.arange(len(x)), spec.slides(i))
         x = self._norm(layer + "attn_norm", x)
         q, k, v = (self._project(layer + name, x) for name in "qkv")
         if spec.qk_norm:
@@ -82,12 +104,12 @@ class Reference:
             _attend(q[h], k[h // group], v[h // group], spec.softmax_scale, window)
             for h in range(spec.n_heads)
         ]
-        y = _linear(np.concatenate(heads, axis=-1), self._weight(layer + "o"))
+        y = self._linear(layer + "o", np.concatenate(heads, axis=-1))
         return self._norm(layer + "post_attn_norm", y) if spec.post_norms else y
 
     def _project(self, name: str, x: Floats) -> Floats:
         """q, k or v by head: (heads, positions, head_dim)."""
-        y = _linear(x, self._weight(name))
+        y = self._linear(name, x)
         if self.spec.qkv_bias:
             y += self._weight(name + "_bias")
         by_head: Floats = y.reshape(len(x), -1, self.spec.head_dim).swapaxes(0, 1)
@@ -96,10 +118,17 @@ class Reference:
     def _mlp(self, i: int, x: Floats) -> Floats:
         spec, layer = self.spec, f"layers.{i}."
         x = self._norm(layer + "ffn_norm", x)
-        gate, up = (_linear(x, self._weight(layer + name)) for name in ("gate", "up"))
+        gate, up = (self._linear(layer + name, x) for name in ("gate", "up"))
         act = _silu if spec.activation == "silu" else _gelu_tanh
-        y = _linear(act(gate) * up, self._weight(layer + "down"))
+        y = self._linear(layer + "down", act(gate) * up)
         return self._norm(layer + "post_ffn_norm", y) if spec.post_norms else y
+
+    def _linear(self, name: str, x: Floats) -> Floats:
+        """(n, inputs) by the matrix (outputs, inputs): (n, outputs)."""
+        if self._observe is not None:
+            self._observe(name, x)
+        y: Floats = x @ self._weight(name).T
+        return y
 
     def _norm(self, name: str, x: Floats) -> Floats:
         """RMSNorm over the last axis."""
@@ -132,12 +161,6 @@ def _attend(q: Floats, k: Floats, v: Floats, scale: float, window: int | None) -
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         out[start:stop] = (weights @ v[first:stop]) / weights.sum(axis=-1, keepdims=True)
     return out
-
-
-def _linear(x: Floats, w: Floats) -> Floats:
-    """(n, inputs) by (outputs, inputs): (n, outputs)."""
-    y: Floats = x @ w.T
-    return y
 
 
 def _silu(x: Floats) -> Floats:
