@@ -59,6 +59,7 @@ def _head(artifact: Artifact, isa: str) -> str:
         "KV_ROWS": spec.kv_rows,
         "D_FF": spec.d_ff,
         "N_LAYERS": spec.n_layers,
+        "KV_HEADS_IN_ALL": sum(len(spec.heads_of(i)) for i in range(spec.n_layers)),
         "MAX_CONTEXT": spec.max_context,
     }
     if spec.sliding_window is not None:
@@ -93,24 +94,48 @@ def _layer_struct(spec: ModelSpec) -> str:
         "typedef struct {\n"
         f"    size_t {norms};\n"
         f"    fl_packed {', '.join(_MATRICES)};\n"
+        "    fl_heads heads;\n"
         "} layer_weights;\n"
     )
 
 
 def _layer_table(artifact: Artifact) -> str:
     spec = artifact.spec
-    lines = ["static const layer_weights LAYERS[N_LAYERS] = {"]
+    lines = [*_head_tables(spec), "static const layer_weights LAYERS[N_LAYERS] = {"]
+    before = 0
     for i in range(spec.n_layers):
+        heads = spec.heads_of(i)
+        sizes = _sizes(spec, i)
         lines.append("    {")
         for norm in _norm_names(spec):
             lines.append(f"        .{norm} = {_offset(artifact, f'layers.{i}.{norm}')},")
         for matrix in _MATRICES:
-            rows, cols = _shape_names(matrix)
-            packed = _packed(artifact, f"layers.{i}.{matrix}", rows, cols)
+            packed = _packed(artifact, f"layers.{i}.{matrix}", *sizes[matrix])
             lines.append(f"        .{matrix} = {packed},")
+        queries = f"QUERIES_{i}" if spec.heads else "QUERIES"
+        streams = f"STREAMS_{i}" if any(spec.streams_of(i)) else "NULL"
+        lines.append(f"        .heads = {{{before}, {len(heads)}, {queries}, {streams}}},")
         lines.append("    },")
+        before += len(heads)
     lines.append("};\n")
     return "\n".join(lines)
+
+
+def _head_tables(spec: ModelSpec) -> Iterator[str]:
+    """Query heads of each KV head, and which of these stream: where all layers agree, once."""
+    yield "/* Query heads that share each KV head. */"
+    if not spec.heads:
+        counts = ", ".join(str(int(n)) for n in spec.heads_of(0))
+        yield f"static const int32_t QUERIES[N_KV_HEADS] = {{{counts}}};"
+    for i in range(spec.n_layers):
+        heads, streams = spec.heads_of(i), spec.streams_of(i)
+        if spec.heads:
+            counts = ", ".join(str(int(n)) for n in heads)
+            yield f"static const int32_t QUERIES_{i}[{len(heads)}] = {{{counts}}};"
+        if any(streams):
+            flags = ", ".join(str(int(s)) for s in streams)
+            yield f"static const uint8_t STREAMS_{i}[{len(heads)}] = {{{flags}}};"
+    yield ""
 
 
 def _forward(artifact: Artifact) -> str:
@@ -131,11 +156,11 @@ def _forward(artifact: Artifact) -> str:
     lines.append("static void forward(fl_thread *t) {")
     lines.append("    fl_embed(t, &TABLE, EMBED_SCALE);")
     if not any(spec.sliding_layers):
-        lines.append("    for (int32_t i = 0; i < N_LAYERS; i++) layer(t, &LAYERS[i], i);")
+        lines.append("    for (int32_t i = 0; i < N_LAYERS; i++) layer(t, &LAYERS[i]);")
     else:
         for i in range(spec.n_layers):
             name = "sliding_layer" if spec.slides(i) else "layer"
-            lines.append(f"    {name}(t, &LAYERS[{i}], {i});")
+            lines.append(f"    {name}(t, &LAYERS[{i}]);")
     final_norm = _offset(artifact, "final_norm")
     if artifact.plan.screen is None:
         lines.append(f"    fl_head(t, {final_norm}, NORM_EPS, &HEAD);")
@@ -177,11 +202,11 @@ def _layer_function(spec: ModelSpec, *, sliding: bool) -> str:
         heads = "fl_project_heads(t, &l->o);"
         hidden = "fl_project_hidden(t, &l->down);"
     return (
-        f"static void {name}(fl_thread *t, const layer_weights *l, int32_t index) {{\n"
+        f"static void {name}(fl_thread *t, const layer_weights *l) {{\n"
         "    fl_norm(t, l->attn_norm, NORM_EPS);\n"
         "    fl_qkv(t, &l->q, &l->k, &l->v);\n"
-        f"    fl_rotate_store(t, index, {q_norm}, {k_norm}, NORM_EPS, Q_SCALE, {local});\n"
-        f"    fl_attend(t, index, {window});\n"
+        f"    fl_rotate_store(t, &l->heads, {q_norm}, {k_norm}, NORM_EPS, Q_SCALE, {local});\n"
+        f"    fl_attend(t, &l->heads, {window});\n"
         f"    {heads}\n"
         "    fl_norm(t, l->ffn_norm, NORM_EPS);\n"
         f"    fl_gated(t, &l->gate, &l->up, {activation});\n"
@@ -197,12 +222,12 @@ def _model_constant(artifact: Artifact, isa: str) -> str:
         "const fl_model FL_MODEL = {\n"
         "    .vocab = VOCAB,\n"
         "    .d_model = D_MODEL,\n"
-        "    .n_heads = N_HEADS,\n"
-        "    .n_kv_heads = N_KV_HEADS,\n"
         "    .head_dim = HEAD_DIM,\n"
         "    .d_ff = D_FF,\n"
-        "    .n_layers = N_LAYERS,\n"
         "    .max_context = MAX_CONTEXT,\n"
+        "    .n_heads = N_HEADS,\n"
+        "    .n_kv_heads = N_KV_HEADS,\n"
+        "    .kv_heads_in_all = KV_HEADS_IN_ALL,\n"
         "    .rope = ROPE,\n"
         f"    .rope_local = {local},\n"
         f"{screen}"
@@ -228,16 +253,21 @@ def _norm_names(spec: ModelSpec) -> Iterator[str]:
         yield "post_ffn_norm"
 
 
-def _shape_names(matrix: str) -> tuple[str, str]:
+def _sizes(spec: ModelSpec, layer: int) -> dict[str, tuple[str, str]]:
+    """Rows and columns of the matrices of a layer, by name where the layer has all its heads."""
+    heads = spec.heads_of(layer)
+    q_rows, kv_rows = "Q_ROWS", "KV_ROWS"
+    if spec.lost_heads(layer):
+        q_rows, kv_rows = f"{sum(heads)} * HEAD_DIM", f"{len(heads)} * HEAD_DIM"
     return {
-        "q": ("Q_ROWS", "D_MODEL"),
-        "k": ("KV_ROWS", "D_MODEL"),
-        "v": ("KV_ROWS", "D_MODEL"),
-        "o": ("D_MODEL", "Q_ROWS"),
+        "q": (q_rows, "D_MODEL"),
+        "k": (kv_rows, "D_MODEL"),
+        "v": (kv_rows, "D_MODEL"),
+        "o": ("D_MODEL", q_rows),
         "gate": ("D_FF", "D_MODEL"),
         "up": ("D_FF", "D_MODEL"),
         "down": ("D_MODEL", "D_FF"),
-    }[matrix]
+    }
 
 
 def _packed(artifact: Artifact, name: str, rows: str, cols: str) -> str:

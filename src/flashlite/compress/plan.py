@@ -110,7 +110,7 @@ def plan_preset(preset: str, source: SourceModel) -> Plan:
         raise CompressError(f"there is no preset {preset!r}, choose one of {', '.join(PRESETS)}")
     formats: dict[str, Format] = {}
     for name, shape in source.spec.shapes():
-        dtype = source.checkpoint.info(source.sources[name].name).dtype
+        dtype = source.info(name).dtype
         formats[name] = "f32" if len(shape) == 1 else _choose(preset, name, dtype)
     if source.spec.tied_head and formats["embed"] == "f16":
         formats["head"] = "q8"

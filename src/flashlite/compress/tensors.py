@@ -65,7 +65,7 @@ def compress_tensor(source: SourceModel, name: str, fmt: Format) -> dict[str, ND
     canonical = "embed" if name == "head" and source.spec.tied_head else name
     if fmt == "f32":
         return {name: source.tensor(canonical)}
-    info = source.checkpoint.info(source.sources[canonical].name)
+    info = source.info(canonical)
     _, raw = source.blocks(canonical)
     if fmt == "f16":
         return {name: _half_table(info, raw, canonical)}

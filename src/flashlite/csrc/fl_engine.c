@@ -24,7 +24,7 @@ static fl_sizes model_sizes(int fp32) {
     s.in_groups = ceil_to(widest, FL_GROUP) / FL_GROUP;
     s.hidden_groups = ceil_to(m->d_ff, FL_GROUP) / FL_GROUP;
     s.head_bytes = fl_kv_bytes(m->head_dim, fp32);
-    s.page_bytes = s.head_bytes * (size_t)m->n_kv_heads * (size_t)m->n_layers;
+    s.page_bytes = s.head_bytes * (size_t)m->kv_heads_in_all;
     return s;
 }
 

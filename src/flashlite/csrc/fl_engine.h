@@ -56,13 +56,27 @@ typedef struct {
     fl_cut coarse, fine; /* of rows; of blocks */
 } fl_screen;
 
+/* The attention heads of one layer: some may have been removed, some see part of the text. */
+typedef struct {
+    int32_t before; /* KV heads of the layers before this one: where its part of a page begins */
+    int32_t kv_heads;
+    const int32_t *queries; /* [kv_heads] query heads that share each KV head */
+    const uint8_t
+        *streams; /* [kv_heads] 1: sees the first page and the last FL_STREAM_TOKENS of the
+                               text, whole pages of them; NULL: all heads see everything */
+} fl_heads;
+
+#define FL_STREAM_TOKENS 256
+
 typedef enum { FL_SILU, FL_GELU } fl_activation;
 
 typedef struct fl_thread fl_thread;
 
 /* Sizes that decide memory; all others are arguments of the operations. */
 typedef struct {
-    int32_t vocab, d_model, n_heads, n_kv_heads, head_dim, d_ff, n_layers, max_context;
+    int32_t vocab, d_model, head_dim, d_ff, max_context;
+    int32_t n_heads, n_kv_heads; /* of the layer that has most */
+    int32_t kv_heads_in_all; /* of all layers together */
     const float *rope; /* [head_dim / 2] angle per position */
     const float *rope_local; /* the same for sliding layers, or NULL */
     const fl_screen *screen; /* NULL: the head is always computed in full */
@@ -83,10 +97,10 @@ void fl_norm(fl_thread *t, size_t weight, float eps);
 /* q, k, v = act x matrices (+ bias) */
 void fl_qkv(fl_thread *t, const fl_packed *q, const fl_packed *k, const fl_packed *v);
 /* norm per head (weights or FL_NONE), rotate q and k, scale q, store k and v in the pages */
-void fl_rotate_store(fl_thread *t, int32_t layer, size_t q_norm, size_t k_norm, float eps,
+void fl_rotate_store(fl_thread *t, const fl_heads *heads, size_t q_norm, size_t k_norm, float eps,
                      float q_scale, int local);
 /* heads = attention over positions of each token's own sequence; window 0: all of them */
-void fl_attend(fl_thread *t, int32_t layer, int32_t window);
+void fl_attend(fl_thread *t, const fl_heads *heads, int32_t window);
 /* x += W quantize(heads) */
 void fl_project_heads(fl_thread *t, const fl_packed *w);
 /* x += rmsnorm(W quantize(heads)) * weight */

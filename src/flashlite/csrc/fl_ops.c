@@ -91,6 +91,9 @@ void fl_norm(fl_thread *t, size_t weight, float eps) {
 
 /* ---- attention ---- */
 
+/* Pages that the tokens of one call of a streaming head see. */
+#define FL_STREAM_PAGES (FL_STREAM_TOKENS / FL_PAGE_TOKENS + 4)
+
 void fl_qkv(fl_thread *t, const fl_packed *q, const fl_packed *k, const fl_packed *v) {
     fl_engine *e = t->engine;
     const fl_sizes *s = &e->sizes;
@@ -116,9 +119,9 @@ static void rotate(float *x, const float *angles, int32_t half) {
     }
 }
 
-static fl_kv pages_of(const fl_thread *t, int32_t layer, int32_t head, int32_t sequence) {
+static fl_kv pages_of(const fl_thread *t, const fl_heads *heads, int32_t head, int32_t sequence) {
     const fl_engine *e = t->engine;
-    size_t index = (size_t)layer * (size_t)FL_MODEL.n_kv_heads + (size_t)head;
+    size_t index = (size_t)heads->before + (size_t)head;
     return (fl_kv){
         .base = e->arena + index * e->sizes.head_bytes,
         .page_bytes = e->sizes.page_bytes,
@@ -127,15 +130,15 @@ static fl_kv pages_of(const fl_thread *t, int32_t layer, int32_t head, int32_t s
     };
 }
 
-void fl_rotate_store(fl_thread *t, int32_t layer, size_t q_norm, size_t k_norm, float eps,
+void fl_rotate_store(fl_thread *t, const fl_heads *heads, size_t q_norm, size_t k_norm, float eps,
                      float q_scale, int local) {
     fl_engine *e = t->engine;
     const fl_sizes *s = &e->sizes;
-    int32_t hd = FL_MODEL.head_dim, kv_heads = FL_MODEL.n_kv_heads;
-    int32_t heads = FL_MODEL.n_heads + kv_heads;
-    fl_span mine = share(t, n_tokens(t) * heads);
+    int32_t hd = FL_MODEL.head_dim, kv_heads = heads->kv_heads, both = kv_heads;
+    for (int32_t h = 0; h < kv_heads; h++) both += heads->queries[h];
+    fl_span mine = share(t, n_tokens(t) * both);
     for (int32_t unit = mine.first; unit < mine.last; unit++) {
-        int32_t i = unit / heads, h = unit % heads;
+        int32_t i = unit / both, h = unit % both;
         float *row = e->qkv + (size_t)i * (size_t)s->qkv_stride;
         const float *angles = e->angles[local] + (size_t)i * (size_t)hd;
         int is_key = h < kv_heads;
@@ -144,7 +147,7 @@ void fl_rotate_store(fl_thread *t, int32_t layer, size_t q_norm, size_t k_norm, 
         if (norm != FL_NONE) e->kernels->rmsnorm(x, x, floats(t, norm), hd, eps);
         rotate(x, angles, hd / 2);
         if (is_key) {
-            fl_kv kv = pages_of(t, layer, h, e->batch.sequences[i]);
+            fl_kv kv = pages_of(t, heads, h, e->batch.sequences[i]);
             e->kernels->store_kv(&kv, e->batch.positions[i], x, row + s->v_offset + h * hd);
         } else {
             for (int32_t j = 0; j < hd; j++) x[j] *= q_scale;
@@ -153,23 +156,41 @@ void fl_rotate_store(fl_thread *t, int32_t layer, size_t q_norm, size_t k_norm, 
     sync(t);
 }
 
-/* Query rows [i0, i1) (tokens of one sequence) x the heads [h0, h1) that share KV head `head`. */
-static void attend_run(fl_thread *t, int32_t layer, int32_t window, int32_t head, int32_t i0,
-                       int32_t i1, int32_t h0, int32_t h1) {
+/* The part of a text that a streaming head sees is a text of its own: its first page, then whole
+ * pages of the last FL_STREAM_TOKENS. Returns the page at which these begin, which all tokens of one
+ * call share, or 0 where nothing lies between. */
+static int32_t stream_from(int32_t position) {
+    int32_t page = (position - FL_STREAM_TOKENS + 1) / FL_PAGE_TOKENS;
+    return position < FL_STREAM_TOKENS || page < 2 ? 0 : page;
+}
+
+/* Query rows [i0, i1) (tokens of one sequence) x the query heads [h0, h1) of KV head `head`. */
+static void attend_run(fl_thread *t, const fl_heads *heads, int32_t window, int32_t head,
+                       int32_t i0, int32_t i1, int32_t h0, int32_t h1) {
     fl_engine *e = t->engine;
-    int32_t hd = FL_MODEL.head_dim, n = 0;
-    int32_t first[FL_MAX_QUERIES], last[FL_MAX_QUERIES];
+    int32_t hd = FL_MODEL.head_dim, n = 0, skipped = 0;
+    int32_t first[FL_MAX_QUERIES] = {0}, last[FL_MAX_QUERIES] = {0}, stream[FL_STREAM_PAGES];
     size_t bytes = (size_t)hd * sizeof(float);
+    fl_kv kv = pages_of(t, heads, head, e->batch.sequences[i0]);
+    if (heads->streams && heads->streams[head]) {
+        int32_t from = stream_from(e->batch.positions[i0]);
+        if (from) {
+            stream[0] = kv.pages[0];
+            for (int32_t p = from; p <= e->batch.positions[i1 - 1] / FL_PAGE_TOKENS; p++)
+                stream[p - from + 1] = kv.pages[p];
+            kv.pages = stream;
+            skipped = (from - 1) * FL_PAGE_TOKENS;
+        }
+    }
     for (int32_t i = i0; i < i1; i++) {
         int32_t position = e->batch.positions[i];
         const float *q = e->qkv + (size_t)i * (size_t)e->sizes.qkv_stride;
         for (int32_t h = h0; h < h1; h++, n++) {
             memcpy(t->queries + (size_t)n * (size_t)hd, q + h * hd, bytes);
-            last[n] = position;
+            last[n] = position - skipped;
             first[n] = window && position >= window ? position - window + 1 : 0;
         }
     }
-    fl_kv kv = pages_of(t, layer, head, e->batch.sequences[i0]);
     e->kernels->attend(t->answers, &kv, n, t->queries, first, last, t->attend);
     n = 0;
     for (int32_t i = i0; i < i1; i++) {
@@ -179,22 +200,30 @@ static void attend_run(fl_thread *t, int32_t layer, int32_t window, int32_t head
     }
 }
 
-void fl_attend(fl_thread *t, int32_t layer, int32_t window) {
+/* The end of the tokens from i0 on that one call may take: of one sequence, `most` at most, which see
+ * the same pages where the head streams. */
+static int32_t end_of_run(const fl_batch *b, int32_t i0, int32_t most, int streams) {
+    int32_t i1 = i0 + 1, n = (int32_t)b->n_tokens;
+    while (i1 < n && i1 < i0 + most && b->sequences[i1] == b->sequences[i0] &&
+           (!streams || stream_from(b->positions[i1]) == stream_from(b->positions[i0])))
+        i1++;
+    return i1;
+}
+
+void fl_attend(fl_thread *t, const fl_heads *heads, int32_t window) {
     const fl_batch *b = &t->engine->batch;
-    int32_t n = n_tokens(t), kv_heads = FL_MODEL.n_kv_heads;
-    int32_t per_kv = FL_MODEL.n_heads / kv_heads;
-    /* A group of more heads than one call takes is cut; a smaller one takes several tokens. */
-    int32_t heads = per_kv < FL_MAX_QUERIES ? per_kv : FL_MAX_QUERIES;
-    int32_t tokens = FL_MAX_QUERIES / heads;
+    int32_t n = n_tokens(t), h0 = 0;
     uint32_t turn = 0;
-    for (int32_t i0 = 0, i1; i0 < n; i0 = i1) {
-        for (i1 = i0 + 1; i1 < n && i1 < i0 + tokens && b->sequences[i1] == b->sequences[i0];) i1++;
-        for (int32_t head = 0; head < kv_heads; head++) {
-            for (int32_t h = 0; h < per_kv; h += heads) {
+    for (int32_t head = 0; head < heads->kv_heads; h0 += heads->queries[head++]) {
+        int32_t per_kv = heads->queries[head], streams = heads->streams && heads->streams[head];
+        /* A group of more heads than one call takes is cut; a smaller one takes several tokens. */
+        int32_t together = per_kv < FL_MAX_QUERIES ? per_kv : FL_MAX_QUERIES;
+        for (int32_t i0 = 0, i1; i0 < n; i0 = i1) {
+            i1 = end_of_run(b, i0, FL_MAX_QUERIES / together, streams);
+            for (int32_t h = 0; h < per_kv; h += together) {
                 if (turn++ % t->engine->active != t->id) continue;
-                int32_t h0 = head * per_kv + h;
-                int32_t h1 = h + heads < per_kv ? h0 + heads : (head + 1) * per_kv;
-                attend_run(t, layer, window, head, i0, i1, h0, h1);
+                int32_t more = h + together < per_kv ? together : per_kv - h;
+                attend_run(t, heads, window, head, i0, i1, h0 + h, h0 + h + more);
             }
         }
     }
@@ -237,16 +266,18 @@ static void project_norm(fl_thread *t, const fl_packed *packed, const fl_act *ac
     sync(t);
 }
 
-static const fl_act *quantize_heads(fl_thread *t) {
-    int32_t cols = t->engine->sizes.q_cols;
-    quantize_rows(t, t->engine->heads, (size_t)cols, cols, n_tokens(t), NULL, NULL, 0.0f);
+static const fl_act *quantize_heads(fl_thread *t, int32_t cols) {
+    size_t stride = (size_t)t->engine->sizes.q_cols;
+    quantize_rows(t, t->engine->heads, stride, cols, n_tokens(t), NULL, NULL, 0.0f);
     return &t->input;
 }
 
-void fl_project_heads(fl_thread *t, const fl_packed *w) { project(t, w, quantize_heads(t)); }
+void fl_project_heads(fl_thread *t, const fl_packed *w) {
+    project(t, w, quantize_heads(t, w->cols));
+}
 
 void fl_project_heads_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps) {
-    project_norm(t, w, quantize_heads(t), weight, eps);
+    project_norm(t, w, quantize_heads(t, w->cols), weight, eps);
 }
 
 void fl_project_hidden(fl_thread *t, const fl_packed *w) { project(t, w, &t->engine->hidden_act); }

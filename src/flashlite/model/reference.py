@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from flashlite.errors import ContextOverflow, UsageError
 from flashlite.model.rope import rope_tables, rotate
-from flashlite.model.spec import ModelSpec
+from flashlite.model.spec import STREAM_PAGE, STREAM_TOKENS, ModelSpec
 
 __all__ = ["Floats", "Observer", "Reference", "Weights"]
 
@@ -99,12 +99,15 @@ class Reference:
             q, k = self._norm(layer + "q_norm", q), self._norm(layer + "k_norm", k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         window = spec.sliding_window if spec.slides(i) else None
-        group = spec.n_heads // spec.n_kv_heads
+        counts, streams = spec.heads_of(i), spec.streams_of(i)
+        shared = np.repeat(np.arange(len(counts)), counts)  # KV head of each query head
         heads = [
-            _attend(q[h], k[h // group], v[h // group], spec.softmax_scale, window)
-            for h in range(spec.n_heads)
+            _attend(q[h], k[kv], v[kv], spec.softmax_scale, window, streams[kv])
+            for h, kv in enumerate(shared)
         ]
         y = self._linear(layer + "o", np.concatenate(heads, axis=-1))
+        if spec.lost_heads(i):
+            y += self._weight(layer + "o_bias")
         return self._norm(layer + "post_attn_norm", y) if spec.post_norms else y
 
     def _project(self, name: str, x: Floats) -> Floats:
@@ -147,7 +150,9 @@ class Reference:
             raise UsageError(f"token id {found}, allowed 0 to {self.spec.vocab_size - 1}")
 
 
-def _attend(q: Floats, k: Floats, v: Floats, scale: float, window: int | None) -> Floats:
+def _attend(
+    q: Floats, k: Floats, v: Floats, scale: float, window: int | None, streams: bool
+) -> Floats:
     """Causal attention of one head, all (positions, head_dim); `window` counts the query too."""
     out = np.empty_like(q)
     for start in range(0, len(q), _QUERY_ROWS):
@@ -156,11 +161,21 @@ def _attend(q: Floats, k: Floats, v: Floats, scale: float, window: int | None) -
         scores = (q[start:stop] @ k[first:stop].T) * np.float32(scale)
         age = np.arange(start, stop)[:, None] - np.arange(first, stop)
         hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        if streams:
+            hidden |= _streamed_past(start, stop)
         scores[hidden] = -np.inf
         # The query itself is always visible, so the maximum is finite.
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         out[start:stop] = (weights @ v[first:stop]) / weights.sum(axis=-1, keepdims=True)
     return out
+
+
+def _streamed_past(start: int, stop: int) -> NDArray[np.bool_]:
+    """Which of all positions below `stop` queries from `start` on miss in a streaming head."""
+    query, key = np.arange(start, stop)[:, None], np.arange(stop)
+    page = np.maximum(0, query - STREAM_TOKENS + 1) // STREAM_PAGE
+    hidden: NDArray[np.bool_] = (key >= STREAM_PAGE) & (key < page * STREAM_PAGE)
+    return hidden
 
 
 def _silu(x: Floats) -> Floats:

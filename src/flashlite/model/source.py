@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flashlite.checkpoint.base import Checkpoint
+from flashlite.checkpoint.base import Checkpoint, TensorInfo
 from flashlite.errors import CheckpointError, UnsupportedModel
 from flashlite.model.spec import ModelSpec
 
@@ -63,6 +63,14 @@ class SourceModel:
             raise CheckpointError(f"{canonical} is not a matrix", path=self.checkpoint.path)
         rows = self.checkpoint.raw(source.name).reshape(info.shape[0], -1)
         return info.dtype, rows if source.rope_heads is None else _halves(rows, source.rope_heads)
+
+    def info(self, canonical: str) -> TensorInfo:
+        """The directory entry of one tensor: its stored type, and its shape in canonical form.
+
+        Raises:
+            CheckpointError: the model has no such tensor.
+        """
+        return self.checkpoint.info(self._source(canonical).name)
 
     def _source(self, canonical: str) -> Source:
         if canonical not in self.sources:

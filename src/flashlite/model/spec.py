@@ -11,6 +11,7 @@ Canonical tensors, row-major, `y = W x` with `W` of shape (outputs, inputs):
     layers.{i}.q_bias / k_bias / v_bias     present when `qkv_bias`
     layers.{i}.q_norm / k_norm  (head_dim,)             present when `qk_norm`
     layers.{i}.o                (d_model, n_heads * head_dim)
+    layers.{i}.o_bias           (d_model,)              present where heads were removed: their mean
     layers.{i}.post_attn_norm   (d_model,)              present when `post_norms`
     layers.{i}.ffn_norm         (d_model,)
     layers.{i}.gate / up        (d_ff, d_model)
@@ -19,7 +20,8 @@ Canonical tensors, row-major, `y = W x` with `W` of shape (outputs, inputs):
     final_norm                  (d_model,)
     head                        (vocab, d_model)        absent when `tied_head`
 
-Norm weights are stored as they multiply: Gemma's `1 + w` is already added.
+Norm weights are stored as they multiply: Gemma's `1 + w` is already added. A layer that lost heads
+(`heads`) has fewer rows in q, k, v and fewer columns in o.
 """
 
 from __future__ import annotations
@@ -30,7 +32,12 @@ from typing import Any, Literal
 
 from flashlite.errors import ArtifactError
 
-__all__ = ["Llama3Rope", "ModelSpec"]
+__all__ = ["STREAM_PAGE", "STREAM_TOKENS", "Llama3Rope", "ModelSpec"]
+
+STREAM_TOKENS = (
+    256  # a streaming head sees the pages of the last so many tokens, and the first page
+)
+STREAM_PAGE = 32  # tokens of one page
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -73,16 +80,40 @@ class ModelSpec:
     attn_scale: float | None = None  # None: head_dim ** -0.5
     sliding_window: int | None = None  # positions a sliding layer sees, itself included
     sliding_layers: tuple[bool, ...] = ()  # per layer; empty: none slides
+    heads: tuple[
+        tuple[int, ...], ...
+    ] = ()  # per layer, query heads of each KV head; empty: as above
+    streams: tuple[tuple[bool, ...], ...] = ()  # per layer and KV head; empty: none streams
 
     @property
     def q_rows(self) -> int:
-        """Rows of `q` and columns of `o`."""
+        """Rows of `q` and columns of `o` of a layer that has all its heads."""
         return self.n_heads * self.head_dim
 
     @property
     def kv_rows(self) -> int:
-        """Rows of `k` and of `v`."""
+        """Rows of `k` and of `v` of a layer that has all its heads."""
         return self.n_kv_heads * self.head_dim
+
+    def heads_of(self, layer: int) -> tuple[int, ...]:
+        """How many query heads share each KV head of this layer."""
+        if self.heads:
+            return self.heads[layer]
+        return (self.n_heads // self.n_kv_heads,) * self.n_kv_heads
+
+    def lost_heads(self, layer: int) -> bool:
+        """Whether heads of this layer were removed."""
+        return sum(self.heads_of(layer)) < self.n_heads
+
+    def streams_of(self, layer: int) -> tuple[bool, ...]:
+        """Whether each KV head of this layer sees the first 32 tokens and the last 256 only.
+
+        Whole pages of 32 tokens are seen, so 256 to 287 of the last ones (StreamingLLM, Xiao et al.
+        2023; heads of their own as in DuoAttention, Xiao et al. 2024).
+        """
+        if self.streams:
+            return self.streams[layer]
+        return (False,) * len(self.heads_of(layer))
 
     @property
     def softmax_scale(self) -> float:
@@ -98,19 +129,22 @@ class ModelSpec:
         d = self.d_model
         yield "embed", (self.vocab_size, d)
         for i in range(self.n_layers):
-            p = f"layers.{i}."
+            p, heads = f"layers.{i}.", self.heads_of(i)
+            q_rows, kv_rows = sum(heads) * self.head_dim, len(heads) * self.head_dim
             yield p + "attn_norm", (d,)
-            yield p + "q", (self.q_rows, d)
-            yield p + "k", (self.kv_rows, d)
-            yield p + "v", (self.kv_rows, d)
+            yield p + "q", (q_rows, d)
+            yield p + "k", (kv_rows, d)
+            yield p + "v", (kv_rows, d)
             if self.qkv_bias:
-                yield p + "q_bias", (self.q_rows,)
-                yield p + "k_bias", (self.kv_rows,)
-                yield p + "v_bias", (self.kv_rows,)
+                yield p + "q_bias", (q_rows,)
+                yield p + "k_bias", (kv_rows,)
+                yield p + "v_bias", (kv_rows,)
             if self.qk_norm:
                 yield p + "q_norm", (self.head_dim,)
                 yield p + "k_norm", (self.head_dim,)
-            yield p + "o", (d, self.q_rows)
+            yield p + "o", (d, q_rows)
+            if self.lost_heads(i):
+                yield p + "o_bias", (d,)
             if self.post_norms:
                 yield p + "post_attn_norm", (d,)
             yield p + "ffn_norm", (d,)
@@ -125,7 +159,11 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back to an equal spec."""
-        return asdict(self)
+        data = asdict(self)
+        for name in ("heads", "streams"):
+            if not data[name]:
+                del data[name]  # so that artifacts of whole models are those of earlier versions
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
@@ -144,6 +182,8 @@ class ModelSpec:
             if values.get("rope_factors") is not None:
                 values["rope_factors"] = tuple(float(f) for f in values["rope_factors"])
             values["sliding_layers"] = tuple(bool(s) for s in values.get("sliding_layers", ()))
+            for name, kind in (("heads", int), ("streams", bool)):
+                values[name] = tuple(tuple(kind(v) for v in row) for row in values.get(name, ()))
             spec = cls(**values)
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"config.json: model description: {error}") from None
@@ -203,6 +243,7 @@ class ModelSpec:
             )
         if any(self.sliding_layers) and self.sliding_window is None:
             raise ArtifactError("model has sliding layers and no sliding_window")
+        self._check_heads()
         if self.rope_factors is not None and len(self.rope_factors) != self.head_dim // 2:
             raise ArtifactError(
                 f"model has {len(self.rope_factors)} rope factors, needs {self.head_dim // 2}"
@@ -218,4 +259,29 @@ class ModelSpec:
             if self.rope_llama3.low_freq_factor >= self.rope_llama3.high_freq_factor:
                 raise ArtifactError(
                     "model rope_llama3 low_freq_factor is not below high_freq_factor"
+                )
+
+    def _check_heads(self) -> None:
+        most = self.n_heads // self.n_kv_heads
+        for name in ("heads", "streams"):
+            table = getattr(self, name)
+            if table and len(table) != self.n_layers:
+                raise ArtifactError(
+                    f"model {name} has {len(table)} rows for {self.n_layers} layers"
+                )
+        for i, row in enumerate(self.heads):
+            if not 1 <= len(row) <= self.n_kv_heads or not all(1 <= n <= most for n in row):
+                raise ArtifactError(
+                    f"model heads of layer {i} are {row}, allowed 1 to {self.n_kv_heads} KV heads "
+                    f"of 1 to {most} query heads"
+                )
+        for i, streaming in enumerate(self.streams):
+            if len(streaming) != len(self.heads_of(i)):
+                raise ArtifactError(
+                    f"model streams of layer {i} are {len(streaming)} for "
+                    f"{len(self.heads_of(i))} KV heads"
+                )
+            if any(streaming) and self.slides(i):
+                raise ArtifactError(
+                    f"model layer {i} slides and streams, allowed is one of the two"
                 )

@@ -12,6 +12,7 @@ enum {
     KV_ROWS = 32,
     D_FF = 172,
     N_LAYERS = 2,
+    KV_HEADS_IN_ALL = 8,
     MAX_CONTEXT = 512,
 };
 
@@ -28,7 +29,11 @@ static const float ROPE[HEAD_DIM / 2] = {
 typedef struct {
     size_t attn_norm, ffn_norm;
     fl_packed q, k, v, o, gate, up, down;
+    fl_heads heads;
 } layer_weights;
+
+/* Query heads that share each KV head. */
+static const int32_t QUERIES[N_KV_HEADS] = {2, 2, 2, 2};
 
 static const layer_weights LAYERS[N_LAYERS] = {
     {
@@ -41,6 +46,7 @@ static const layer_weights LAYERS[N_LAYERS] = {
         .gate = {FL_Q4M, D_FF, D_MODEL, 42624, 48256, 48960, FL_NONE},
         .up = {FL_Q8, D_FF, D_MODEL, 49664, 60928, FL_NONE, FL_NONE},
         .down = {FL_Q8, D_MODEL, D_FF, 61632, 73920, FL_NONE, FL_NONE},
+        .heads = {0, 4, QUERIES, NULL},
     },
     {
         .attn_norm = 74688,
@@ -52,14 +58,15 @@ static const layer_weights LAYERS[N_LAYERS] = {
         .gate = {FL_Q4M, D_FF, D_MODEL, 82496, 88128, 88832, FL_NONE},
         .up = {FL_Q8, D_FF, D_MODEL, 89536, 100800, FL_NONE, FL_NONE},
         .down = {FL_Q8, D_MODEL, D_FF, 101504, 113792, FL_NONE, FL_NONE},
+        .heads = {4, 4, QUERIES, NULL},
     },
 };
 
-static void layer(fl_thread *t, const layer_weights *l, int32_t index) {
+static void layer(fl_thread *t, const layer_weights *l) {
     fl_norm(t, l->attn_norm, NORM_EPS);
     fl_qkv(t, &l->q, &l->k, &l->v);
-    fl_rotate_store(t, index, FL_NONE, FL_NONE, NORM_EPS, Q_SCALE, 0);
-    fl_attend(t, index, 0);
+    fl_rotate_store(t, &l->heads, FL_NONE, FL_NONE, NORM_EPS, Q_SCALE, 0);
+    fl_attend(t, &l->heads, 0);
     fl_project_heads(t, &l->o);
     fl_norm(t, l->ffn_norm, NORM_EPS);
     fl_gated(t, &l->gate, &l->up, FL_SILU);
@@ -71,19 +78,19 @@ static const fl_table TABLE = {.packed = {FL_Q8, VOCAB, D_MODEL, 0, 32768, FL_NO
 
 static void forward(fl_thread *t) {
     fl_embed(t, &TABLE, EMBED_SCALE);
-    for (int32_t i = 0; i < N_LAYERS; i++) layer(t, &LAYERS[i], i);
+    for (int32_t i = 0; i < N_LAYERS; i++) layer(t, &LAYERS[i]);
     fl_head(t, 114560, NORM_EPS, &HEAD);
 }
 
 const fl_model FL_MODEL = {
     .vocab = VOCAB,
     .d_model = D_MODEL,
-    .n_heads = N_HEADS,
-    .n_kv_heads = N_KV_HEADS,
     .head_dim = HEAD_DIM,
     .d_ff = D_FF,
-    .n_layers = N_LAYERS,
     .max_context = MAX_CONTEXT,
+    .n_heads = N_HEADS,
+    .n_kv_heads = N_KV_HEADS,
+    .kv_heads_in_all = KV_HEADS_IN_ALL,
     .rope = ROPE,
     .rope_local = NULL,
     .weights_size = 114816,
