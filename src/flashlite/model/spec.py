@@ -34,9 +34,7 @@ from flashlite.errors import ArtifactError
 
 __all__ = ["STREAM_PAGE", "STREAM_TOKENS", "Llama3Rope", "ModelSpec"]
 
-STREAM_TOKENS = (
-    256  # a streaming head sees the pages of the last so many tokens, and the first page
-)
+STREAM_TOKENS = 256  # a streaming head sees the pages of the last so many, and the first page
 STREAM_PAGE = 32  # tokens of one page
 
 Activation = Literal["silu", "gelu_tanh"]
