@@ -20,7 +20,7 @@ from flashlite.errors import ContextOverflow, UsageError
 from flashlite.model.rope import rope_tables, rotate
 from flashlite.model.spec import STREAM_PAGE, STREAM_TOKENS, ModelSpec
 
-__all__ = ["Floats", "Observer", "Reference", "Weights"]
+__all__ = ["Floats", "Observer", "Reference", "Weights", "streamed_past"]
 
 Floats = NDArray[np.float32]
 Weights = Mapping[str, Floats] | Callable[[str], Floats]
@@ -98,17 +98,20 @@ class Reference:
         if spec.qk_norm:
             q, k = self._norm(layer + "q_norm", q), self._norm(layer + "k_norm", k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        window = spec.sliding_window if spec.slides(i) else None
-        counts, streams = spec.heads_of(i), spec.streams_of(i)
+        counts = spec.heads_of(i)
         shared = np.repeat(np.arange(len(counts)), counts)  # KV head of each query head
-        heads = [
-            _attend(q[h], k[kv], v[kv], spec.softmax_scale, window, streams[kv])
-            for h, kv in enumerate(shared)
-        ]
+        heads = [self.attend(i, h, q[h], k[kv], v[kv]) for h, kv in enumerate(shared)]
         y = self._linear(layer + "o", np.concatenate(heads, axis=-1))
         if spec.lost_heads(i):
             y += self._weight(layer + "o_bias")
         return self._norm(layer + "post_attn_norm", y) if spec.post_norms else y
+
+    def attend(self, i: int, head: int, q: Floats, k: Floats, v: Floats) -> Floats:
+        """Attention of one query head of layer `i`, all (positions, head_dim)."""
+        spec = self.spec
+        window = spec.sliding_window if spec.slides(i) else None
+        kv = int(np.searchsorted(np.cumsum(spec.heads_of(i)), head, side="right"))
+        return _attend(q, k, v, spec.softmax_scale, window, spec.streams_of(i)[kv])
 
     def _project(self, name: str, x: Floats) -> Floats:
         """q, k or v by head: (heads, positions, head_dim)."""
@@ -122,8 +125,7 @@ class Reference:
         spec, layer = self.spec, f"layers.{i}."
         x = self._norm(layer + "ffn_norm", x)
         gate, up = (self._linear(layer + name, x) for name in ("gate", "up"))
-        act = _silu if spec.activation == "silu" else _gelu_tanh
-        y = self._linear(layer + "down", act(gate) * up)
+        y = self._linear(layer + "down", self.act(i, gate) * up)
         return self._norm(layer + "post_ffn_norm", y) if spec.post_norms else y
 
     def _linear(self, name: str, x: Floats) -> Floats:
@@ -132,6 +134,10 @@ class Reference:
             self._observe(name, x)
         y: Floats = x @ self._weight(name).T
         return y
+
+    def act(self, i: int, gate: Floats) -> Floats:
+        """The activation of layer `i`, elementwise over (ids, d_ff)."""
+        return _silu(gate) if self.spec.activation == "silu" else _gelu_tanh(gate)
 
     def _norm(self, name: str, x: Floats) -> Floats:
         """RMSNorm over the last axis."""
@@ -162,7 +168,7 @@ def _attend(
         age = np.arange(start, stop)[:, None] - np.arange(first, stop)
         hidden = age < 0 if window is None else (age < 0) | (age >= window)
         if streams:
-            hidden |= _streamed_past(start, stop)
+            hidden |= streamed_past(start, stop)
         scores[hidden] = -np.inf
         # The query itself is always visible, so the maximum is finite.
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -170,8 +176,8 @@ def _attend(
     return out
 
 
-def _streamed_past(start: int, stop: int) -> NDArray[np.bool_]:
-    """Which of all positions below `stop` queries from `start` on miss in a streaming head."""
+def streamed_past(start: int, stop: int) -> NDArray[np.bool_]:
+    """What a streaming head hides from the queries start .. stop - 1: (queries, positions)."""
     query, key = np.arange(start, stop)[:, None], np.arange(stop)
     page = np.maximum(0, query - STREAM_TOKENS + 1) // STREAM_PAGE
     hidden: NDArray[np.bool_] = (key >= STREAM_PAGE) & (key < page * STREAM_PAGE)
