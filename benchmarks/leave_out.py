@@ -29,15 +29,15 @@ from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.pull import pull
 from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.compress.heads import (
-    Head,
     HeadStatistics,
+    StreamWatch,
     choose_removed,
     choose_streams,
     largest_prefix,
 )
 from flashlite.model.families import describe
 from flashlite.model.metrics import kl_divergence
-from flashlite.model.reference import Floats, Reference, streamed_past
+from flashlite.model.reference import Floats, Reference
 from flashlite.model.source import SourceModel
 from flashlite.model.spec import ModelSpec
 
@@ -122,24 +122,6 @@ class Skipping(Reference):
         return np.where(low, np.float32(0), active)
 
 
-class Watching(Reference):
-    """How much of each query head's attention falls on the first page and the last 256 tokens."""
-
-    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
-        super().__init__(spec, weights)
-        self.mass: dict[Head, list[float]] = {}
-
-    def attend(self, i: int, head: int, q: Floats, k: Floats, v: Floats) -> Floats:
-        far = np.arange(len(q) // 2, len(q), 8)  # queries that have a far past
-        score = q[far] @ k.T * np.float32(self.spec.softmax_scale)
-        score[np.arange(len(k)) > far[:, None]] = -np.inf
-        share = np.exp(score - score.max(axis=-1, keepdims=True))
-        share /= share.sum(axis=-1, keepdims=True)
-        missed = (share * streamed_past(0, len(q))[far]).sum(axis=-1)
-        self.mass.setdefault((i, head), []).append(1 - float(missed.mean()))
-        return super().attend(i, head, q, k, v)
-
-
 def main() -> None:
     parser = common.make_parser(__doc__, rounds=1, isa=False)
     parser.add_argument("--model", choices=[SMOLLM2, GEMMA], default=SMOLLM2)
@@ -171,11 +153,10 @@ def main() -> None:
 
     common.note("streams")
     long = Loss(spec, weights.__getitem__, texts.cut("wikitext-2/valid.txt", 2048, 1, 100_000), 4)
-    watching = Watching(spec, weights.__getitem__)
+    watching = StreamWatch(spec, weights.__getitem__)
     watching.hidden(texts.cut(books[0], 2048, 1)[0])
-    mass = {head: float(np.mean(values)) for head, values in watching.mass.items()}
     streams = choose_streams(
-        spec, mass, 0.005, lambda other: long.of(Reference(other, weights.__getitem__))
+        spec, watching.changed, 0.005, lambda other: long.of(Reference(other, weights.__getitem__))
     )
 
     common.note("neurons")

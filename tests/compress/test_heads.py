@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.compress.heads import (
     HeadStatistics,
+    StreamWatch,
     choose_removed,
     choose_streams,
     largest_prefix,
@@ -140,19 +142,31 @@ def test_choices_stay_within_their_limit(
     assert none.ranked  # the table is the result
 
 
-def test_streams_are_taken_in_the_order_of_what_they_miss() -> None:
+def test_streams_are_taken_in_the_order_of_what_they_change() -> None:
     spec = describe(open_checkpoint(FIXTURES / "llama")).spec
     group = spec.n_heads // spec.n_kv_heads
-    mass = {
-        (i, h): 1 - 0.01 * (i * spec.n_kv_heads + h // group)
+    changed = {
+        (i, h): 0.01 * (i * spec.n_kv_heads + h // group)
         for i in range(spec.n_layers)
         for h in range(spec.n_heads)
     }
     chosen = choose_streams(
-        spec, mass, 0.25, lambda other: 0.1 * sum(sum(row) for row in other.streams)
+        spec, changed, 0.25, lambda other: 0.1 * sum(sum(row) for row in other.streams)
     )
     assert list(chosen.heads) == [(0, 0), (0, 1)]
     assert chosen.kl == pytest.approx(0.2)
+
+
+def test_what_a_stream_changes_is_seen_where_there_is_a_far_past(source: SourceModel) -> None:
+    spec = replace(source.spec, max_context=600)
+    ids = np.random.default_rng(0).integers(0, spec.vocab_size, 600)
+    watch, plain = StreamWatch(spec, source.tensor), Reference(spec, source.tensor)
+    np.testing.assert_array_equal(watch.hidden(ids), plain.hidden(ids))
+    assert set(watch.changed) == {(i, h) for i in range(2) for h in range(spec.n_heads)}
+    assert all(0 < change < 1 for change in watch.changed.values())
+    near = StreamWatch(spec, source.tensor)
+    near.hidden(ids[:280])
+    assert all(change == 0 for change in near.changed.values())
 
 
 @pytest.mark.parametrize("longest", range(6))

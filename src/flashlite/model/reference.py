@@ -20,7 +20,7 @@ from flashlite.errors import ContextOverflow, UsageError
 from flashlite.model.rope import rope_tables, rotate
 from flashlite.model.spec import STREAM_PAGE, STREAM_TOKENS, ModelSpec
 
-__all__ = ["Floats", "Observer", "Reference", "Weights", "streamed_past"]
+__all__ = ["Floats", "Observer", "Reference", "Weights"]
 
 Floats = NDArray[np.float32]
 Weights = Mapping[str, Floats] | Callable[[str], Floats]
@@ -168,7 +168,7 @@ def _attend(
         age = np.arange(start, stop)[:, None] - np.arange(first, stop)
         hidden = age < 0 if window is None else (age < 0) | (age >= window)
         if streams:
-            hidden |= streamed_past(start, stop)
+            hidden |= _streamed_past(start, stop)
         scores[hidden] = -np.inf
         # The query itself is always visible, so the maximum is finite.
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -176,7 +176,7 @@ def _attend(
     return out
 
 
-def streamed_past(start: int, stop: int) -> NDArray[np.bool_]:
+def _streamed_past(start: int, stop: int) -> NDArray[np.bool_]:
     """What a streaming head hides from the queries start .. stop - 1: (queries, positions)."""
     query, key = np.arange(start, stop)[:, None], np.arange(stop)
     page = np.maximum(0, query - STREAM_TOKENS + 1) // STREAM_PAGE
