@@ -6,6 +6,8 @@ quantize ──> write_artifact ──> hidden sibling folder ──> fsync ─�
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from flashlite.artifact.format import (
     check_tokens,
     layout,
 )
+from flashlite.artifact.integrity import parse_json, read_small
 from flashlite.artifact.read import load_texts, load_weights, open_artifact
 from flashlite.artifact.staging import staged
 from flashlite.checkpoint.tokenizer import TokenizerFiles
@@ -43,7 +46,7 @@ from flashlite.errors import ArtifactError
 from flashlite.model.source import SourceModel
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["add_screen", "quantize", "write_artifact"]
+__all__ = ["add_screen", "quantize", "record", "write_artifact"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of weights written, bytes in all)."""
@@ -119,6 +122,44 @@ def add_screen(artifact: Artifact, fitted: Fitted) -> Artifact:
         name=artifact.name,
         provenance=artifact.provenance,
     )
+
+
+def record(artifact: Artifact, measured: Mapping[str, Any]) -> Artifact:
+    """Write what was measured into an artifact's card; all else stays as it is.
+
+    The folder is made anew beside the old one, its large files by hard links where the file system
+    has them, and takes its place in one rename.
+
+    Args:
+        artifact: opened with its integrity checked.
+        measured: JSON; keys that the card's `measured` has are replaced.
+
+    Raises:
+        IntegrityError: the card or the manifest is not what it was.
+        ArtifactError: the folder cannot be written.
+    """
+    path = artifact.path
+    card = parse_json(read_small(path, CARD, artifact.manifest), path / CARD)
+    card["measured"] = {**card.get("measured", {}), **measured}
+    data = _json(card)
+    files = {**artifact.manifest.files, CARD: FileDigest(len(data), blake3(data).hexdigest())}
+    large = artifact.manifest.files[WEIGHTS].size
+    with staged(path, sum(f.size for f in files.values()) - large + (1 << 16)) as folder:
+        for file in files:
+            if file != CARD:
+                _link(path / file, folder / file)
+        (folder / CARD).write_bytes(data)
+        manifest = _manifest(artifact.format_version, files, artifact.manifest.tensors)
+        (folder / MANIFEST).write_bytes(manifest)
+        written = open_artifact(folder)
+    return replace(written, path=path)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
 
 
 def write_artifact(

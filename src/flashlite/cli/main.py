@@ -18,7 +18,7 @@ import click
 from flashlite.cli import language, output
 from flashlite.errors import FlashliteError
 
-__all__ = ["VERBS", "main", "quantize"]
+__all__ = ["VERBS", "main", "quantize", "validate"]
 
 # Every verb with its line of help. `flashlite.cli.VERB` is imported when it is used: `--help`
 # and a mistyped verb stay quick.
@@ -26,6 +26,7 @@ VERBS = {
     "pull": "Fetch a pretrained model.",
     "inspect": "Show what a model, a file or an artifact holds.",
     "quantize": "Compress a model into an artifact.",
+    "validate": "Prove what an artifact lost against its source.",
     "compile": "Generate C for an artifact and build its library.",
     "run": "Complete a text.",
     "chat": "Talk with a model.",
@@ -100,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def quantize() -> int:
     """`flashlite_quantize` is `flashlite quantize`."""
     return main(["quantize", *sys.argv[1:]])
+
+
+def validate() -> int:
+    """`flashlite_validate` is `flashlite validate`."""
+    return main(["validate", *sys.argv[1:]])
 
 
 def _run(words: list[str]) -> int:
