@@ -54,6 +54,7 @@ CSRC = Path(__file__).parents[2] / "src" / "flashlite" / "csrc"
 CFLAGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-O3", "-ffp-contract=off", "-fno-math-errno")
 AVX512 = ("f", "bw", "vl", "dq", "vnni")
 EMULATION = Path(__file__).parent / "avx512_emulation"
+AMX_EMULATION = Path(__file__).parent / "amx_emulation"
 FUZZ = Path(__file__).parent / "fuzz"
 FUZZ_ENTRY = tuple(
     FUZZ / f"{name}.c" for name in ("input", "entry", "matrices", "attention", "rows", "sampling")
@@ -107,6 +108,12 @@ TABLES = {
         "fl_kernels_avx512",
         (f"-I{EMULATION}", "-mavx2", "-mfma", "-mf16c"),
         ("avx2", "fma", "f16c"),
+    ),
+    "amx-emulated": Table(  # the same source, its tiles made of arrays
+        "fl_kernels_amx.c",
+        "fl_kernels_amx",
+        (f"-I{AMX_EMULATION}", *(f"-mavx512{part}" for part in AVX512), "-mfma", "-mf16c"),
+        (*(f"avx512{part}" for part in AVX512[:4]), "avx512_vnni", "fma", "f16c"),
     ),
 }
 

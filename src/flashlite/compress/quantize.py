@@ -206,8 +206,8 @@ def _search_q4m(w: _F32) -> _Fit:
 
 # With 255 codes more starts gain less than 1 % of the error, and they clip the largest weights.
 _STARTS_Q8 = np.ones(1, np.float32)
-_STARTS_Q6 = np.linspace(0.90, 1.1, 20, dtype=np.float32)  # of max|w| / 32
-_STARTS_Q5 = np.linspace(0.80, 1.2, 20, dtype=np.float32)  # of max|w| / 16
+_STARTS_Q6 = np.linspace(0.90, 1.2, 20, dtype=np.float32)  # of max|w| / 32
+_STARTS_Q5 = np.linspace(0.90, 1.2, 20, dtype=np.float32)  # of max|w| / 16
 _STARTS_Q4 = np.linspace(0.75, 1.2, 20, dtype=np.float32)  # of max|w| / 8
 _STARTS_Q4M = np.linspace(0.70, 1.05, 20, dtype=np.float32)  # of (max - min) / 15
 _SEARCH: dict[str, Callable[[_F32], _Fit]] = {
