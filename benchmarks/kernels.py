@@ -105,7 +105,7 @@ def best_time(work: Callable[[int], object], threads: int, seconds: float) -> fl
 def random_packed(rng: np.random.Generator, format: str, rows: int, cols: int) -> h.Linear:
     """Random bytes in the packed layout; the true codes are left out."""
     blocks, groups = rows // h.BLOCK_ROWS, cols // h.GROUP
-    size = 512 if format == "q8" else 256
+    size = 512 if format == "q8" else 256 + 64 * h.HIGH_BITS[format]
     codes = h.aligned((blocks, groups, size), np.uint8)
     codes[...] = rng.integers(0, 256, (groups, size), np.uint8)
     halves = []

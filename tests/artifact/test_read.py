@@ -100,8 +100,8 @@ def test_every_preset_is_written_and_read(
         expected = tiny_source.tensor("embed" if name == "head" else name)
         found = tensor(made, weights, name)
         worst = np.abs(found - expected).max() / np.abs(expected).max()
-        assert worst < (0.13 if preset == "q4" else 0.01), name
-    fmt = "q8" if preset != "q4" else "q4m"
+        assert worst < {"q4": 0.13, "q5": 0.08, "q6": 0.04}.get(preset, 0.01), name
+    fmt = {"q4": "q4m", "q5": "q5", "q6": "q6"}.get(preset, "q8")
     assert packed(made, weights, "head").format == fmt
     if preset == "hybrid":
         half = tiny_source.tensor("embed").astype(np.float16).astype(np.float32)
@@ -339,6 +339,16 @@ def test_a_plan_that_swaps_formats_of_one_size(forge: Forge) -> None:
         value["plan"]["formats"].update({"layers.0.k": "q4", "layers.0.v": "q4m"})
 
     refused(forge("config.json", swap), "not this model's: 'layers.0.k.mins'")
+
+
+@pytest.mark.parametrize("fmt", ["q5", "q6"])
+def test_a_plan_of_wider_codes_than_the_weights(forge: Forge, fmt: str) -> None:
+    """The arrays have the same names, so that only their size tells."""
+
+    def widen(value: dict[str, Any]) -> None:
+        value["plan"]["formats"]["layers.0.v"] = fmt  # q4 in the file
+
+    refused(forge("config.json", widen), "bytes, must be")
 
 
 @pytest.mark.parametrize(

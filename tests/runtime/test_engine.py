@@ -78,6 +78,23 @@ def test_every_instruction_set_gives_the_same_bits(
         np.testing.assert_array_equal(logits[0], other)
 
 
+@pytest.mark.parametrize("preset", ["q5", "q6"])
+def test_every_instruction_set_runs_formats_between_four_and_eight_bits(
+    make_small: Callable[[Path, str], Small], preset: str
+) -> None:
+    """Look-up table, matrices and head."""
+    small = make_small(HERE / "fixtures/families/gemma3", preset)
+    ids = small.ids(40)
+    expected = small.reference().logits(ids)
+    logits = {}
+    for isa in filter(runs, ("fp32", "plain", "avx2", "avx512")):
+        with small.open(isa) as engine:
+            logits[isa] = all_logits(engine, engine.new_sequence(len(ids)), ids)
+    assert np.abs(expected - logits["fp32"]).max() <= 2e-3 * np.abs(expected).max()
+    for isa in logits.keys() - {"fp32"}:
+        np.testing.assert_array_equal(logits["plain"], logits[isa])
+
+
 @pytest.mark.parametrize("isa", INTEGER_ISAS)
 def test_decode_equals_prefill(small: Small, isa: str) -> None:
     ids = small.ids(100)

@@ -142,9 +142,22 @@ def _has_template(checkpoint: Checkpoint) -> bool:
 
 
 def _stored(artifact: Artifact) -> list[dict[str, Any]]:
+    """Tensors by their formats; one that is packed counts with its scales and minima."""
+    from flashlite.compress.plan import stored_shapes
+
+    nbytes: dict[str, int] = {}
+    for array, t in artifact.tensors.items():
+        name, _, part = array.rpartition(".")
+        name = name if part in ("codes", "scales", "mins") else array
+        nbytes[name] = nbytes.get(name, 0) + t.nbytes
     return [
-        {"name": name, "type": t.dtype, "shape": list(t.shape), "bytes": t.nbytes}
-        for name, t in artifact.tensors.items()
+        {
+            "name": name,
+            "type": artifact.plan.formats[name],
+            "shape": list(shape),
+            "bytes": nbytes[name],
+        }
+        for name, shape in stored_shapes(artifact.spec, artifact.plan).items()
     ]
 
 

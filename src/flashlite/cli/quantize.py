@@ -17,7 +17,7 @@ __all__ = ["command"]
 @click.argument("model")
 @click.option(
     "--preset",
-    type=click.Choice(["import", "hybrid", "q8", "q4"]),
+    type=click.Choice(["import", "hybrid", "q8", "q6", "q5", "q4"]),
     default="import",
     show_default=True,
     help="import keeps 4- and 8-bit grids bit for bit; hybrid: FP16 embeddings, INT8 layers.",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from flashlite.compress.pack import CODE_DTYPE, GROUP, Quantized, groups_of
+from flashlite.compress.pack import CODE_DTYPE, GROUP, ZERO, Quantized, groups_of
 from flashlite.errors import CompressError
 
 __all__ = ["HALF_MAX", "quantize_matrix", "to_half"]
@@ -21,13 +21,13 @@ __all__ = ["HALF_MAX", "quantize_matrix", "to_half"]
 HALF_MAX = 65504.0  # the largest finite half-precision number
 
 _F32 = NDArray[np.float32]
-_Fit = tuple[_F32, _F32, _F32 | None]  # codes [k, n], scales [n], mins [n] or None
+_Fit = tuple[_F32, _F32, _F32 | None]  # codes [k, n] less their zero, scales [n], mins [n] or None
 _CHUNK = 1 << 15  # weights searched at once: their few temporaries stay in the level-2 cache
 _POLISH = 2  # rounds of re-rounding and re-fitting after the best start is known
 
 
 def quantize_matrix(weights: _F32, fmt: str, *, name: str = "weights") -> Quantized:
-    """Quantize a matrix [rows, cols] to "q8", "q4" or "q4m".
+    """Quantize a matrix [rows, cols] to "q8", "q6", "q5", "q4" or "q4m".
 
     Columns of a short last group are padded with code zero and do not bend its scale.
 
@@ -37,7 +37,7 @@ def quantize_matrix(weights: _F32, fmt: str, *, name: str = "weights") -> Quanti
     """
     rows, cols = weights.shape
     groups = groups_of(cols)
-    codes = np.full((rows, groups * GROUP), 8 if fmt == "q4" else 0, CODE_DTYPE[fmt])
+    codes = np.full((rows, groups * GROUP), ZERO[fmt], CODE_DTYPE[fmt])
     scales = np.empty((rows, groups), np.float16)
     mins = np.empty((rows, groups), np.float16) if fmt == "q4m" else None
     for band, first, last in _parts(rows, cols):
@@ -49,7 +49,7 @@ def quantize_matrix(weights: _F32, fmt: str, *, name: str = "weights") -> Quanti
         if not np.isfinite(columns).all():
             raise CompressError(f"tensor {name} holds a weight that is not finite")
         found, scale, minimum = _SEARCH[fmt](columns)
-        codes[band, low:high] = found.T.reshape(height, high - low)
+        codes[band, low:high] = found.T.reshape(height, high - low) + np.float32(ZERO[fmt])
         scales[band, first:last] = to_half(scale, name).reshape(height, -1)
         if mins is not None and minimum is not None:
             mins[band, first:last] = to_half(minimum, name).reshape(height, -1)
@@ -188,10 +188,16 @@ def _search_q8(w: _F32) -> _Fit:
     return _symmetric(w, -127, 127, _STARTS_Q8)
 
 
+def _search_q6(w: _F32) -> _Fit:
+    return _symmetric(w, -32, 31, _STARTS_Q6)
+
+
+def _search_q5(w: _F32) -> _Fit:
+    return _symmetric(w, -16, 15, _STARTS_Q5)
+
+
 def _search_q4(w: _F32) -> _Fit:
-    codes, scale, _ = _symmetric(w, -8, 7, _STARTS_Q4)
-    codes += 8
-    return codes, scale, None
+    return _symmetric(w, -8, 7, _STARTS_Q4)
 
 
 def _search_q4m(w: _F32) -> _Fit:
@@ -200,10 +206,14 @@ def _search_q4m(w: _F32) -> _Fit:
 
 # With 255 codes more starts gain less than 1 % of the error, and they clip the largest weights.
 _STARTS_Q8 = np.ones(1, np.float32)
+_STARTS_Q6 = np.linspace(0.90, 1.2, 20, dtype=np.float32)  # of max|w| / 32
+_STARTS_Q5 = np.linspace(0.90, 1.2, 20, dtype=np.float32)  # of max|w| / 16
 _STARTS_Q4 = np.linspace(0.75, 1.2, 20, dtype=np.float32)  # of max|w| / 8
 _STARTS_Q4M = np.linspace(0.70, 1.05, 20, dtype=np.float32)  # of (max - min) / 15
 _SEARCH: dict[str, Callable[[_F32], _Fit]] = {
     "q8": _search_q8,
+    "q6": _search_q6,
+    "q5": _search_q5,
     "q4": _search_q4,
     "q4m": _search_q4m,
 }
