@@ -11,8 +11,8 @@
 
 /* ---- embedding and rotary angles ---- */
 
-static void look_up(const fl_thread *t, const fl_table *table, int32_t token, float scale, float *x,
-                    int32_t d) {
+void fl_look_up(const fl_thread *t, const fl_table *table, int32_t token, float scale, float *x,
+                int32_t d) {
     if (table->halves != FL_NONE) {
         const uint16_t *row =
             (const uint16_t *)(t->engine->weights + table->halves) + (size_t)token * (size_t)d;
@@ -75,7 +75,7 @@ void fl_embed(fl_thread *t, const fl_table *table, float scale) {
     int32_t d = FL_MODEL.d_model, hd = FL_MODEL.head_dim;
     fl_span mine = share_tokens(t, n_tokens(t));
     for (int32_t i = mine.first; i < mine.last; i++) {
-        look_up(t, table, e->batch.tokens[i], scale, e->x + (size_t)i * (size_t)d, d);
+        fl_look_up(t, table, e->batch.tokens[i], scale, e->x + (size_t)i * (size_t)d, d);
         size_t at = (size_t)i * (size_t)hd;
         fill_angles(e->angles[0] + at, FL_MODEL.rope, hd / 2, e->batch.positions[i]);
         if (FL_MODEL.rope_local)
@@ -114,17 +114,6 @@ static void rotate(float *x, const float *angles, int32_t half) {
         x[j] = a * c - b * s;
         x[j + half] = b * c + a * s;
     }
-}
-
-static fl_kv pages_of(const fl_thread *t, int32_t layer, int32_t head, int32_t sequence) {
-    const fl_engine *e = t->engine;
-    size_t index = (size_t)layer * (size_t)FL_MODEL.n_kv_heads + (size_t)head;
-    return (fl_kv){
-        .base = e->arena + index * e->sizes.head_bytes,
-        .page_bytes = e->sizes.page_bytes,
-        .pages = e->batch.pages + (size_t)sequence * e->batch.page_stride,
-        .head_dim = FL_MODEL.head_dim,
-    };
 }
 
 void fl_rotate_store(fl_thread *t, int32_t layer, size_t q_norm, size_t k_norm, float eps,
