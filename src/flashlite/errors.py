@@ -149,12 +149,14 @@ class ContextOverflow(FlashliteError):
 
     code = "FL-405"
 
-    def __init__(self, tokens: int, limit: int) -> None:
+    def __init__(self, tokens: int, limit: int, way_out: str = "") -> None:
         self.tokens = tokens
         self.limit = limit
+        way_out = (
+            way_out or "shorten the prompt, raise max_sequence_length, or turn on auto-chunking"
+        )
         super().__init__(
-            f"attention buffer overflow: {tokens} tokens, the context holds {limit}; "
-            "shorten the prompt, raise max_sequence_length, or turn on auto-chunking"
+            f"attention buffer overflow: {tokens} tokens, the context holds {limit}; {way_out}"
         )
 
 

@@ -34,7 +34,9 @@ _MODES: Mapping[str, Literal["mean", "first"]] = {
 class SentenceSettings:
     """How sentence-transformers uses one encoder."""
 
-    max_length: int | None  # tokens, [CLS] and [SEP] among them; None: as many as there are positions
+    max_length: (
+        int | None
+    )  # tokens, [CLS] and [SEP] among them; None: as many as there are positions
     pooling: Literal["mean", "first"]
 
 
