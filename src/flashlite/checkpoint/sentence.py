@@ -1,4 +1,4 @@
-"""What sentence-transformers writes beside an encoder: how long a text may be, and how it is pooled.
+"""What sentence-transformers writes beside an encoder: how long a text may be, how it is pooled.
 
     modules.json                 Transformer, Pooling, Normalize: anything more is refused
     sentence_bert_config.json    max_seq_length

@@ -81,7 +81,8 @@ class EncoderEngine:
 
         Raises:
             ContextOverflow: FL-405, a text is longer than the model takes.
-            EngineError: a text is empty or holds an id outside the vocabulary; the engine is closed.
+            EngineError: a text is empty or holds an id outside the vocabulary, or the engine is
+                closed.
         """
         if not self.is_open:
             raise EngineError("the engine is closed")
