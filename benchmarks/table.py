@@ -30,6 +30,7 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "start": (),
     "memory": (),
     "busy": (),
+    "encoder": (),
     "depth": (),
     "ablation": (),
     "kernels": ("--tables", "amx,avx512", "--seconds", "0.5"),

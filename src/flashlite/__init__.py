@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UnsupportedTarget,
         UsageError,
     )
+    from flashlite.runtime.encoder import Encoder, load_encoder
     from flashlite.runtime.model import Answer, Model, load
     from flashlite.runtime.sampling import SamplingParams
 
@@ -44,6 +45,7 @@ __all__ = [
     "CompileError",
     "CompressError",
     "ContextOverflow",
+    "Encoder",
     "EngineError",
     "EvaluateError",
     "FlashliteError",
@@ -62,6 +64,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "load_encoder",
     "pull",
 ]
 
@@ -71,10 +74,12 @@ __version__ = "0.1.0"
 # costs nothing.
 _HOMES = {
     "Answer": "flashlite.runtime.model",
+    "Encoder": "flashlite.runtime.encoder",
     "Model": "flashlite.runtime.model",
     "Pulled": "flashlite.checkpoint.pull",
     "SamplingParams": "flashlite.runtime.sampling",
     "load": "flashlite.runtime.model",
+    "load_encoder": "flashlite.runtime.encoder",
     "pull": "flashlite.checkpoint.pull",
 }
 

@@ -149,13 +149,16 @@ class ContextOverflow(FlashliteError):
 
     code = "FL-405"
 
-    def __init__(self, tokens: int, limit: int) -> None:
+    def __init__(self, tokens: int, limit: int, way_out: str = "") -> None:
         self.tokens = tokens
         self.limit = limit
-        super().__init__(
-            f"attention buffer overflow: {tokens} tokens, the context holds {limit}; "
-            "shorten the prompt, raise max_sequence_length, or turn on auto-chunking"
+        message = (
+            f"attention buffer overflow: {tokens} tokens, the context holds {limit}; shorten the "
+            "prompt, raise max_sequence_length, or turn on auto-chunking"
         )
+        if way_out:
+            message = f"attention buffer overflow: {tokens} tokens, the limit is {limit}; {way_out}"
+        super().__init__(message)
 
 
 class UnsupportedTarget(FlashliteError):

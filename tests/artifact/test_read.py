@@ -245,7 +245,7 @@ def test_json_that_is_not_strict(
 @pytest.mark.parametrize("name", ["manifest.json", "config.json"])
 @pytest.mark.parametrize(
     ("version", "match"),
-    [(3, "format 3 is newer than 2.*upgrade"), (0, "not a number from 1"), ("1", "'1'"),
+    [(4, "format 4 is newer than 3.*upgrade"), (0, "not a number from 1"), ("1", "'1'"),
      (True, "True"), (None, "None"), (1.0, "not a number from 1")],
 )  # fmt: skip
 def test_format_version(forge: Forge, name: str, version: object, match: str) -> None:
@@ -347,6 +347,7 @@ def test_a_plan_of_wider_codes_than_the_weights(forge: Forge, fmt: str) -> None:
 
     def widen(value: dict[str, Any]) -> None:
         value["plan"]["formats"]["layers.0.v"] = fmt  # q4 in the file
+        value["format_version"] = 3
 
     refused(forge("config.json", widen), "bytes, must be")
 

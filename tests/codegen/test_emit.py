@@ -37,7 +37,7 @@ def test_names_of_the_artifact_do_not_reach_the_source(tiny: Artifact, hostile: 
         tiny,
         name=hostile,
         path=Path("/tmp") / "x",
-        spec=replace(tiny.spec, family=hostile),
+        model=replace(tiny.spec, family=hostile),
         provenance=MappingProxyType({"source": hostile, "sha256": hostile, "licence": hostile}),
     )
     assert emit_model(named, "plain") == emit_model(tiny, "plain")

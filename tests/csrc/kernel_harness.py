@@ -185,6 +185,8 @@ class CKernels(ctypes.Structure):
         ("rmsnorm", ctypes.CFUNCTYPE(None, _P, _P, _P, _I, _F)),
         ("silu_mul", ctypes.CFUNCTYPE(None, _P, _P, _P, _I)),
         ("gelu_mul", ctypes.CFUNCTYPE(None, _P, _P, _P, _I)),
+        ("layernorm", ctypes.CFUNCTYPE(None, _P, _P, _P, _P, _I, _F)),
+        ("gelu_erf", ctypes.CFUNCTYPE(None, _P, _P, _I)),
     ]
 
 
@@ -496,6 +498,17 @@ class Kernels:
 
     def gelu_mul(self, gate: F32, up: F32) -> F32:
         return self._gated(self.table.gelu_mul, gate, up)
+
+    def layernorm(self, x: F32, weight: F32, bias: F32, eps: float) -> F32:
+        y = np.full_like(x, np.nan)
+        rows = (array.ctypes.data for array in (y, x, weight, bias))
+        self.table.layernorm(*rows, len(x), eps)
+        return y
+
+    def gelu_erf(self, x: F32) -> F32:
+        y = np.full_like(x, np.nan)
+        self.table.gelu_erf(y.ctypes.data, x.ctypes.data, len(x))
+        return y
 
     @staticmethod
     def _gated(function: Callable[..., None], gate: F32, up: F32) -> F32:

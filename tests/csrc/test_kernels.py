@@ -7,6 +7,7 @@ float64 elsewhere.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,36 @@ def test_gelu_mul(any_kernels: h.Kernels, plain: h.Kernels, n: int) -> None:
     y = any_kernels.gelu_mul(gate, up)
     np.testing.assert_allclose(y, 0.5 * g * (1 + np.tanh(inner)) * up, rtol=3e-6, atol=1e-6)
     assert np.array_equal(y, plain.gelu_mul(gate, up))
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 40, 384, 1001])
+def test_layernorm(any_kernels: h.Kernels, plain: h.Kernels, n: int) -> None:
+    rng = np.random.default_rng(n)
+    x, weight, bias = (rng.normal(3, 5, n).astype(np.float32) for _ in range(3))
+    y = any_kernels.layernorm(x, weight, bias, 1e-5)
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean()) / np.sqrt(exact.var() + np.float32(1e-5)) * weight + bias
+    np.testing.assert_allclose(y, expected, rtol=2e-6, atol=3e-6)
+    assert np.array_equal(y, plain.layernorm(x, weight, bias, 1e-5))
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 100, 1536])
+def test_gelu_erf(any_kernels: h.Kernels, plain: h.Kernels, n: int) -> None:
+    x, _ = gated_inputs(n)
+    y = any_kernels.gelu_erf(x)
+    exact = [v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.astype(np.float64)]
+    np.testing.assert_allclose(y, exact, rtol=1e-7, atol=1e-6)
+    assert np.array_equal(y, plain.gelu_erf(x))
+
+
+def test_gelu_erf_is_close_everywhere(plain: h.Kernels) -> None:
+    x = np.linspace(-8, 8, 200_001, dtype=np.float32)
+    exact = [v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.astype(np.float64)]
+    assert np.abs(plain.gelu_erf(x) - np.array(exact)).max() <= 1e-6
+    far = plain.gelu_erf(np.array([np.inf, -np.inf, np.nan], np.float32))
+    assert far[0] == np.inf
+    assert abs(far[1]) <= 1e-6
+    assert np.isnan(far[2])
 
 
 # ---- scalar arithmetic ----

@@ -28,7 +28,8 @@ from flashlite.checkpoint.tokenizer import SpecialTokens
 from flashlite.compress.pack import BLOCK_ROWS, CODE_BYTES, blocks_of, groups_of
 from flashlite.compress.plan import Plan, stored_shapes
 from flashlite.compress.screen import SCREEN
-from flashlite.errors import ArtifactError
+from flashlite.errors import ArtifactError, UnsupportedModel
+from flashlite.model.encoder import EncoderSpec, Spec
 from flashlite.model.spec import ModelSpec
 
 __all__ = [
@@ -53,7 +54,9 @@ __all__ = [
     "layout",
 ]
 
-FORMAT_VERSION = 2  # 2: a split head, `plan.screen`; artifacts without one are written as 1
+FORMAT_VERSION = 3  # each artifact is written as the oldest that can say what it says:
+# 2 a split head, `plan.screen`; 3 encoders, formats q5 and q6, heads that are gone or stream
+_NEW_IN_3 = frozenset({"q5", "q6"})
 ALIGN = 64
 
 CONFIG = "config.json"
@@ -142,7 +145,7 @@ class Artifact:
 
     path: Path
     name: str
-    spec: ModelSpec
+    model: Spec
     plan: Plan
     tokens: SpecialTokens
     provenance: Mapping[str, str]  # source, sha256, licence of the weights
@@ -156,9 +159,41 @@ class Artifact:
         return self.manifest.digest
 
     @property
+    def spec(self) -> ModelSpec:
+        """The language model.
+
+        Raises:
+            UnsupportedModel: it is an encoder.
+        """
+        if not isinstance(self.model, ModelSpec):
+            raise UnsupportedModel(
+                f"{self.name} is an encoder: it makes vectors of texts, not text; "
+                "use flashlite embed"
+            )
+        return self.model
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """The text encoder.
+
+        Raises:
+            UnsupportedModel: it is a language model.
+        """
+        if not isinstance(self.model, EncoderSpec):
+            raise UnsupportedModel(
+                f"{self.name} is a language model, not an encoder; use flashlite run or chat, or "
+                "embed with all-minilm-l6-v2"
+            )
+        return self.model
+
+    @property
     def format_version(self) -> int:
         """The oldest that can say what this artifact says."""
-        return 1 if self.plan.screen is None else FORMAT_VERSION
+        if isinstance(self.model, EncoderSpec) or self.model.heads or self.model.streams:
+            return 3
+        if _NEW_IN_3 & set(self.plan.formats.values()):
+            return 3
+        return 1 if self.plan.screen is None else 2
 
     @property
     def screen_bytes(self) -> int:
@@ -174,7 +209,7 @@ class Artifact:
         return {
             "format_version": self.format_version,
             "name": self.name,
-            "model": self.spec.to_json(),
+            "model": self.model.to_json(),
             "plan": self.plan.to_json(),
             "tokens": self.tokens.to_json(),
             "provenance": dict(self.provenance),
@@ -208,7 +243,7 @@ def check_provenance(data: object) -> dict[str, str]:
     return dict(data)
 
 
-def check_tokens(tokens: SpecialTokens, spec: ModelSpec) -> None:
+def check_tokens(tokens: SpecialTokens, spec: Spec) -> None:
     """Refuse special tokens the model has no row for.
 
     Raises:
@@ -221,7 +256,7 @@ def check_tokens(tokens: SpecialTokens, spec: ModelSpec) -> None:
         )
 
 
-def layout(spec: ModelSpec, plan: Plan) -> Layout:
+def layout(spec: Spec, plan: Plan) -> Layout:
     """Where every array of this model under this plan lies; the one truth for writer and reader."""
     entries: list[PackedTensor] = []
     offset = 0
@@ -237,7 +272,7 @@ def layout(spec: ModelSpec, plan: Plan) -> Layout:
     return Layout(tuple(entries), offset)
 
 
-def _arrays(spec: ModelSpec, plan: Plan) -> list[tuple[str, str, tuple[int, ...]]]:
+def _arrays(spec: Spec, plan: Plan) -> list[tuple[str, str, tuple[int, ...]]]:
     arrays: list[tuple[str, str, tuple[int, ...]]] = []
     for name, shape in stored_shapes(spec, plan).items():
         fmt = plan.formats[name]

@@ -26,7 +26,6 @@ from flashlite.artifact.format import (
     CARD,
     CONFIG,
     DTYPES,
-    FORMAT_VERSION,
     LIMITS,
     MANIFEST,
     TEMPLATE,
@@ -55,7 +54,7 @@ from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
 from flashlite.compress.pack import Packed, dequantize
 from flashlite.compress.plan import Plan
 from flashlite.errors import ArtifactError, CompressError, IntegrityError, TokenizerError
-from flashlite.model.spec import ModelSpec
+from flashlite.model.encoder import spec_from_json
 
 __all__ = ["load_texts", "load_weights", "open_artifact", "packed", "tensor"]
 
@@ -168,7 +167,7 @@ def tensor(artifact: Artifact, weights: NDArray[np.uint8], canonical: str) -> ND
     Args:
         artifact: from `open_artifact`.
         weights: from `load_weights`.
-        canonical: a name of `ModelSpec.shapes`, or `head` of a tied model.
+        canonical: a name of the spec's `shapes`, or `head` of a tied model.
 
     Raises:
         ArtifactError: the model has no such tensor.
@@ -176,7 +175,7 @@ def tensor(artifact: Artifact, weights: NDArray[np.uint8], canonical: str) -> ND
     name = artifact.stored_name(canonical)
     if name in artifact.tensors:
         return _array(artifact, weights, name).astype(np.float32)
-    shape = dict(artifact.spec.shapes()).get("embed" if name == "head" else name, (0, 0))
+    shape = dict(artifact.model.shapes()).get("embed" if name == "head" else name, (0, 0))
     return dequantize(packed(artifact, weights, canonical), shape[0], shape[1])
 
 
@@ -205,21 +204,19 @@ def _describe(path: Path, config: dict[str, Any], manifest: Manifest) -> tuple[A
     if not isinstance(config["model"], dict):
         raise ArtifactError(f"{where}: the model description is not an object")
     try:
-        spec = ModelSpec.from_json(config["model"])
+        spec = spec_from_json(config["model"])
         plan = Plan.from_json(config["plan"], spec)
         tokens = SpecialTokens.from_json(config["tokens"])
     except (ArtifactError, CompressError, TokenizerError) as error:
         raise ArtifactError(f"{where}: {error}") from None
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ArtifactError(f"{where}: {type(error).__name__}: {error}") from None
-    if plan.screen is not None and config["format_version"] < FORMAT_VERSION:
-        raise ArtifactError(f"{where}: format {config['format_version']} has no split head")
     check_tokens(tokens, spec)
     arrays = layout(spec, plan)
     artifact = Artifact(
         path=path,
         name=check_name(config["name"]),
-        spec=spec,
+        model=spec,
         plan=plan,
         tokens=tokens,
         provenance=check_provenance(config["provenance"]),
@@ -227,6 +224,10 @@ def _describe(path: Path, config: dict[str, Any], manifest: Manifest) -> tuple[A
         weights_size=arrays.size,
         manifest=manifest,
     )
+    if (version := config["format_version"]) < artifact.format_version:
+        raise ArtifactError(
+            f"{where}: says format {version} and holds what came with {artifact.format_version}"
+        )
     return artifact, arrays
 
 
@@ -299,7 +300,9 @@ def _private_memory(size: int) -> mmap.mmap:
             return mmap.mmap(-1, size)
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
-        raise ArtifactError(f"the system refused {size} bytes for the weights: {error}") from None
+        raise ArtifactError(
+            f"the system refused {size} bytes for the weights ({error}); raise max_mem or free memory"
+        ) from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -43,8 +43,8 @@ from flashlite.compress.screen import SCREEN
 from flashlite.compress.split_head import Fitted
 from flashlite.compress.tensors import compress_tensor
 from flashlite.errors import ArtifactError
-from flashlite.model.source import SourceModel
-from flashlite.model.spec import ModelSpec
+from flashlite.model.encoder import Spec
+from flashlite.model.source import SourceTensors
 
 __all__ = ["add_screen", "quantize", "record", "write_artifact"]
 
@@ -53,7 +53,7 @@ Progress = Callable[[int, int], None]
 
 
 def quantize(
-    source: SourceModel,
+    source: SourceTensors,
     tokenizer: TokenizerFiles,
     directory: Path,
     preset: str = "import",
@@ -164,7 +164,7 @@ def _link(source: Path, target: Path) -> None:
 
 def write_artifact(
     directory: Path,
-    spec: ModelSpec,
+    spec: Spec,
     plan: Plan,
     tokenizer: TokenizerFiles,
     arrays: Iterable[tuple[str, NDArray[Any]]],
@@ -280,7 +280,7 @@ def _card(artifact: Artifact) -> dict[str, Any]:
     """What is known before anything is measured: sizes, and bits per weight."""
     formats: dict[str, dict[str, int]] = {}
     parameters = 0
-    for name, shape in stored_shapes(artifact.spec, artifact.plan).items():
+    for name, shape in stored_shapes(artifact.model, artifact.plan).items():
         size = int(np.prod(shape))
         stored = sum(
             entry.nbytes
@@ -292,7 +292,7 @@ def _card(artifact: Artifact) -> dict[str, Any]:
         row["tensors"] += 1
         row["weights"] += size
         row["bytes"] += stored
-        again = name == "head" and artifact.spec.tied_head
+        again = name == "head" and artifact.model.tied_head
         if not again and not name.startswith(SCREEN):
             parameters += size
     total = sum(row["bytes"] for row in formats.values())

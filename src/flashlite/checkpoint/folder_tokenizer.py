@@ -39,9 +39,10 @@ def folder_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
     library = load_library(text)
     config = _object(folder, "tokenizer_config.json") or {}
     generation = _object(folder, "generation_config.json") or {}
-    bos = _named(config.get("bos_token"), library)
+    # An encoder's texts stand between [CLS] and [SEP], where others have BOS and EOS.
+    bos = _named(config.get("bos_token") or config.get("cls_token"), library)
     listed = generation.get("eos_token_id", checkpoint.metadata.get("eos_token_id"))
-    ends = [_named(config.get("eos_token"), library)]
+    ends = [_named(config.get("eos_token") or config.get("sep_token"), library)]
     ends += [id_ for id_ in (listed if isinstance(listed, list) else [listed]) if _is(id_, library)]
     # Text may become the unknown token: that is what it is for.
     unknown = getattr(library.model, "unk_token", None)

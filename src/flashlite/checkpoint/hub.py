@@ -29,7 +29,7 @@ _REFERENCE = re.compile(
     rf"(?::(?P<file>{_PART}(?:/{_PART})*\.gguf))?"
 )
 _BESIDE = (".json", ".jinja")  # taken with the weights when they lie at the top
-_BESIDE_NAMES = ("tokenizer.model",)
+_BESIDE_NAMES = ("tokenizer.model", "1_Pooling/config.json")
 _SMALL = 200_000_000  # bytes; nothing beside the weights is larger
 
 
@@ -137,8 +137,7 @@ def _chosen(wanted: Repository, info: ModelInfo) -> Snapshot:
     beside = [
         file
         for file in files
-        if "/" not in file.name
-        and (file.name.endswith(_BESIDE) or file.name in _BESIDE_NAMES)
+        if (("/" not in file.name and file.name.endswith(_BESIDE)) or file.name in _BESIDE_NAMES)
         and file.size <= _SMALL
     ]
     licence = getattr(info.card_data, "license", None)

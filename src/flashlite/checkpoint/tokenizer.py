@@ -235,12 +235,27 @@ class Tokenizer:
                     f"{lone.start()}, which is not Unicode; remove it"
                 ) from None
             raise _library_error(error, "text cannot be tokenized") from None
-        if not self._control.isdisjoint(ids):
-            found = next(id_ for id_ in ids if id_ in self._control)
-            raise TokenizerError(
-                f"text would become control token {found} ({self.spelling(found)!r}); rephrase it"
-            )
+        self._refuse_control(ids)
         return ids
+
+    def encode_batch(self, texts: Sequence[str], *, parallel: bool = True) -> list[list[int]]:
+        """`encode` of many texts; `parallel`: on all cores, unless memory has a ceiling.
+
+        Raises:
+            TokenizerError: as `encode`.
+        """
+        if not parallel or self._most_text is not None:
+            return [self.encode(text) for text in texts]
+        try:
+            found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            return [self.encode(text) for text in texts]  # says which text, and why
+        batch: list[list[int]] = [encoding.ids for encoding in found]
+        for ids in batch:
+            self._refuse_control(ids)
+        return batch
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text to be continued: BOS where the model wants it, then `encode`.
@@ -383,6 +398,13 @@ class Tokenizer:
                     f"{most} at once; shorten it, or raise max_mem or max_sequence_length"
                 )
         return size
+
+    def _refuse_control(self, ids: list[int]) -> None:
+        if not self._control.isdisjoint(ids):
+            found = next(id_ for id_ in ids if id_ in self._control)
+            raise TokenizerError(
+                f"text would become control token {found} ({self.spelling(found)!r}); rephrase it"
+            )
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         bos = self.tokens.bos

@@ -42,7 +42,7 @@ def command(
       flashlite compile smollm2-135m-instruct --emit-c | less
       flashlite compile smollm2-135m-instruct --target aarch64-linux-gnu
     """
-    from flashlite.codegen.emit import emit_model
+    from flashlite.codegen.generate import generate
     from flashlite.codegen.target import parse_target
     from flashlite.runtime import prepare
 
@@ -50,7 +50,7 @@ def command(
         artifact = prepare.find_artifact(model, preset=preset, progress=progress)
     chosen = parse_target(target, isa)
     if emit_c:
-        click.echo(emit_model(artifact, chosen.isa))
+        click.echo(generate(artifact, chosen.isa))
         return
     library: Path = prepare.compile_artifact(artifact, chosen)
     if as_json:

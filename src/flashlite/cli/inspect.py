@@ -14,7 +14,7 @@ from flashlite.runtime.memory import format_size
 if TYPE_CHECKING:
     from flashlite.artifact.format import Artifact
     from flashlite.checkpoint.base import Checkpoint
-    from flashlite.model.spec import ModelSpec
+    from flashlite.model.encoder import Spec
 
 __all__ = ["command"]
 
@@ -69,7 +69,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         "format": "flashlite artifact",
         "name": artifact.name,
         "preset": artifact.plan.preset,
-        **_spec(artifact.spec),
+        **_spec(artifact.model),
         "split_head": _split_head(artifact),
         "chat_template": (artifact.path / "chat_template.jinja").is_file(),
         "licence": artifact.provenance.get("licence") or None,
@@ -84,7 +84,7 @@ def _split_head(artifact: Artifact) -> str | None:
     screen = artifact.plan.screen
     if screen is None:
         return None
-    of_all = f"{screen.rank} of {artifact.spec.d_model} columns"
+    of_all = f"{screen.rank} of {artifact.model.d_model} columns"
     return f"{of_all} estimate every logit, {format_size(artifact.screen_bytes)}"
 
 
@@ -92,12 +92,12 @@ def _checkpoint(model: str) -> dict[str, Any]:
     from flashlite.checkpoint.open import open_checkpoint
     from flashlite.checkpoint.pull import resolve_model
     from flashlite.errors import UnsupportedModel
-    from flashlite.model.families import describe
+    from flashlite.model.families import describe_any
 
     pulled = resolve_model(model)
     checkpoint = open_checkpoint(pulled.path)
     try:
-        shape = _spec(describe(checkpoint).spec)
+        shape = _spec(describe_any(checkpoint).spec)
     except UnsupportedModel as error:
         # It can be looked at all the same; that it cannot be run is said.
         shape = {"architecture": checkpoint.architecture, "runs": f"no: {error}"}
@@ -116,7 +116,21 @@ def _checkpoint(model: str) -> dict[str, Any]:
     }
 
 
-def _spec(spec: ModelSpec) -> dict[str, Any]:
+def _spec(spec: Spec) -> dict[str, Any]:
+    from flashlite.model.encoder import EncoderSpec
+
+    if isinstance(spec, EncoderSpec):
+        return {
+            "architecture": f"{spec.family} (encoder)",
+            "layers": spec.n_layers,
+            "width": spec.d_model,
+            "heads": spec.n_heads,
+            "head_dim": spec.head_dim,
+            "feed_forward": spec.d_ff,
+            "vocabulary": spec.vocab_size,
+            "pooling": spec.pooling,
+            "context": spec.max_context,
+        }
     return {
         "architecture": spec.family,
         "layers": spec.n_layers,

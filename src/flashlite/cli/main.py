@@ -30,6 +30,7 @@ VERBS = {
     "compile": "Generate C for an artifact and build its library.",
     "run": "Complete a text.",
     "chat": "Talk with a model.",
+    "embed": "Turn texts into vectors.",
     "serve": "Answer over HTTP.",
     "bench": "Measure speed and memory.",
     "doctor": "Say what this machine can do.",

@@ -56,6 +56,7 @@ def command(
       flashlite quantize ./model.gguf --preset q4 -o model-q4.fl
     """
     from flashlite.checkpoint.pull import pull
+    from flashlite.model.spec import ModelSpec
     from flashlite.runtime import prepare
     from flashlite.runtime.process import limit_data
 
@@ -84,5 +85,5 @@ def command(
         click.echo(f"{artifact.path}: {size} of weights ({preset})")
         if screen is not None:
             click.echo(f"split head: {format_size(artifact.screen_bytes)} of them")
-        elif split_head == "auto":
+        elif split_head == "auto" and isinstance(artifact.model, ModelSpec):
             click.echo("no split head: it would save too little, or too often be inexact")

@@ -34,8 +34,12 @@ from flashlite.errors import CompileError, IntegrityError
 __all__ = ["CSRC", "Compiler", "build_library", "find_compiler"]
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-_COMMON = ("fl_engine.c", "fl_head.c", "fl_ops.c", "fl_os.c", "fl_sample.c")
-_VECTORISED = ("fl_head.c", "fl_ops.c")  # float loops that the compiler turns into vectors
+_COMMON = ("fl_encoder.c", "fl_engine.c", "fl_head.c", "fl_ops.c", "fl_os.c", "fl_sample.c")
+_VECTORISED = (
+    "fl_encoder.c",
+    "fl_head.c",
+    "fl_ops.c",
+)  # float loops that the compiler turns into vectors
 # Names outside C11 (pthreads, mmap) come from _GNU_SOURCE in the one file that uses them.
 _INCLUDED = {"amx": ("fl_kernels_avx512.c",)}  # by a table of kernels: not compiled by themselves
 _FLAGS = (

@@ -10,6 +10,8 @@ Preset `q4` takes the format with a minimum, 5 bits a weight instead of 4.5, bec
 loss: Gemma-3-270M, 384 tokens of wikitext-2 valid, KL divergence from the source 0.21 nats against
 0.41 for `q4` (top-1 agreement 80 % against 63 %), both with searched scales; `q8` 0.0003 (99.5 %).
 
+The tables of an encoder's positions and token types stay in half precision under every preset.
+
 A tied model has one matrix for two uses. Where look-up table and head share a packed format it is
 stored once, as `embed`; under `hybrid` it is stored twice, `embed` in half precision for the
 look-up (one row per token is read) and `head` in INT8 (all of it is read).
@@ -24,8 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from flashlite.errors import CompressError
 
 if TYPE_CHECKING:
-    from flashlite.model.source import SourceModel
+    from flashlite.model.source import SourceTensors
 from flashlite.compress.screen import Screen, screen_shapes
+from flashlite.model.encoder import Spec
 from flashlite.model.spec import ModelSpec
 
 __all__ = ["PACKED", "PRESETS", "Format", "Plan", "plan_preset", "stored_shapes"]
@@ -35,6 +38,7 @@ PRESETS = ("import", "hybrid", "q8", "q6", "q5", "q4")
 PACKED: tuple[Format, ...] = ("q8", "q6", "q5", "q4", "q4m")  # what matrices are multiplied in
 _IMPORTED: Mapping[str, Format] = {"Q4_0": "q4", "Q4_1": "q4m", "Q5_0": "q5", "Q8_0": "q8"}
 _UNIFORM: Mapping[str, Format] = {"q6": "q6", "q5": "q5"}
+_TABLES = ("embed", "positions", "types")  # rows are looked up
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,14 @@ class Plan:
     formats: Mapping[str, Format]  # by stored name
     screen: Screen | None = None
 
-    def check(self, spec: ModelSpec) -> None:
+    def check(self, spec: Spec) -> None:
         """Refuse a plan that does not fit the model.
 
         Raises:
             CompressError: a tensor is missing, unknown, or in a format its use does not allow.
         """
         if self.screen is not None:
-            self.screen.check(spec)
+            self.screen.check(_language_model(spec))
         shapes = stored_shapes(spec, self)
         if missing := [name for name in shapes if name not in self.formats]:
             raise CompressError(f"the plan has no format for {_few(missing)}")
@@ -63,7 +67,7 @@ class Plan:
             raise CompressError(f"the plan names {_few(unknown)}, which the model does not have")
         for name, shape in shapes.items():
             allowed = ("f32",) if len(shape) == 1 else PACKED
-            if name == "embed":
+            if name in _TABLES:
                 allowed = (*PACKED, "f16")
             if self.formats[name] not in allowed:
                 raise CompressError(
@@ -77,7 +81,7 @@ class Plan:
         return {"preset": self.preset, "formats": dict(self.formats), **screen}
 
     @classmethod
-    def from_json(cls, data: object, spec: ModelSpec) -> Plan:
+    def from_json(cls, data: object, spec: Spec) -> Plan:
         """Read what `to_json` wrote and check it against the model.
 
         Raises:
@@ -88,7 +92,9 @@ class Plan:
         preset, formats = data["preset"], data["formats"]
         if not isinstance(preset, str) or not isinstance(formats, dict):
             raise CompressError("the plan's preset is not text or its formats are not an object")
-        screen = Screen.from_json(data["screen"], spec) if "screen" in data else None
+        screen = None
+        if "screen" in data:
+            screen = Screen.from_json(data["screen"], _language_model(spec))
         plan = cls(preset, formats, screen)
         plan.check(spec)
         return plan
@@ -102,7 +108,7 @@ class Plan:
         return Plan(self.preset, formats, screen)
 
 
-def plan_preset(preset: str, source: SourceModel) -> Plan:
+def plan_preset(preset: str, source: SourceTensors) -> Plan:
     """The plan of a fixed preset for one model.
 
     Raises:
@@ -121,18 +127,20 @@ def plan_preset(preset: str, source: SourceModel) -> Plan:
     return plan
 
 
-def stored_shapes(spec: ModelSpec, plan: Plan) -> dict[str, tuple[int, ...]]:
+def stored_shapes(spec: Spec, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Every tensor the artifact holds, with its true shape, in the order it is stored."""
     shapes = dict(spec.shapes())
     if spec.tied_head and plan.formats.get("embed") == "f16":
         shapes["head"] = shapes["embed"]
     if plan.screen is not None:
-        shapes |= screen_shapes(spec, plan.screen)
+        shapes |= screen_shapes(_language_model(spec), plan.screen)
     return shapes
 
 
 def _choose(preset: str, name: str, dtype: str) -> Format:
     """The format of one matrix that the source holds as `dtype`."""
+    if name in ("positions", "types"):  # small, and nothing multiplies by them
+        return "f16"
     if preset == "import":
         return _IMPORTED.get(dtype, "q8")
     if preset == "hybrid" and name == "embed":
@@ -140,6 +148,12 @@ def _choose(preset: str, name: str, dtype: str) -> Format:
     if preset == "q4":
         return "q4" if dtype == "Q4_0" else "q4m"
     return _UNIFORM.get(preset, "q8")
+
+
+def _language_model(spec: Spec) -> ModelSpec:
+    if not isinstance(spec, ModelSpec):
+        raise CompressError(f"the plan has a split head, and {spec.family} is an encoder")
+    return spec
 
 
 def _few(names: list[str]) -> str:

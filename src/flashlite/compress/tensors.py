@@ -32,7 +32,7 @@ from flashlite.compress.pack import (
 )
 from flashlite.compress.plan import Format
 from flashlite.compress.quantize import quantize_matrix, to_half
-from flashlite.model.source import SourceModel
+from flashlite.model.source import SourceTensors
 
 __all__ = ["compress_tensor", "keeps_grid"]
 
@@ -53,7 +53,7 @@ def keeps_grid(dtype: str, fmt: Format) -> bool:
     return dtype in _KEPT.get(fmt, ())
 
 
-def compress_tensor(source: SourceModel, name: str, fmt: Format) -> dict[str, NDArray[Any]]:
+def compress_tensor(source: SourceTensors, name: str, fmt: Format) -> dict[str, NDArray[Any]]:
     """Read, quantize and pack one tensor.
 
     Args:

@@ -21,7 +21,8 @@
 
 #define FL_ABI 3
 #define FL_PAGE_TOKENS 32  /* tokens in one KV page */
-#define FL_MAX_BATCH 256   /* tokens in one step */
+#define FL_MAX_BATCH 256   /* tokens in one step, */
+#define FL_MAX_TEXT 512    /* in one step of an encoder */
 #define FL_MAX_THREADS 64
 
 #if defined(_WIN32)
@@ -53,7 +54,10 @@ typedef struct {
 } fl_options;
 
 /* One step: `n_tokens` rows, grouped by sequence, positions rising by one inside a sequence.
- * All arrays belong to the caller. */
+ * All arrays belong to the caller.
+ *
+ * An encoder's step holds whole texts: the sequences 0, 1, ... n_sequences - 1 in this order, each
+ * from position 0 on. It has no logits, and fills `hidden` with one vector of length 1 for each. */
 typedef struct {
     uint32_t n_tokens;          /* 1 .. FL_MAX_BATCH */
     uint32_t n_sequences;       /* 1 .. max_sequences */
@@ -67,7 +71,7 @@ typedef struct {
     float *logits;              /* [n_logits][vocab] */
     const uint8_t *exact;       /* [n_logits] 1: this row as with exact_head; NULL: none */
     float *hidden;              /* [n_logits][d_model] what the head reads, after the final norm;
-                                   NULL: not wanted */
+                                   NULL: not wanted. Encoders: [n_sequences][d_model] */
 } fl_batch;
 
 /* What this library was compiled for. Strings live as long as the library. */

@@ -51,13 +51,16 @@ static fl_act carve_act(fl_carver *c, int32_t groups, size_t rows, int fp32) {
     return act;
 }
 
+/* Tokens in one step. */
+static uint32_t most_tokens(void) { return FL_MODEL.encodes ? FL_MAX_TEXT : FL_MAX_BATCH; }
+
 /* Lay out everything an engine needs beside its arena. Returns the bytes used. */
 static size_t lay_out(fl_engine *e, uint8_t *memory, uint32_t n_threads) {
     const fl_model *m = &FL_MODEL;
     const fl_sizes *s = &e->sizes;
     int fp32 = e->kernels->fp32;
     fl_carver c = {.memory = memory};
-    size_t rows = FL_BATCH_ROWS, f = sizeof(float);
+    size_t rows = FL_STEP_ROWS(most_tokens()), f = sizeof(float);
     int32_t hidden_cols = s->hidden_groups * FL_GROUP;
 
     e->threads = carve(&c, n_threads * sizeof(fl_thread));
@@ -66,7 +69,7 @@ static size_t lay_out(fl_engine *e, uint8_t *memory, uint32_t n_threads) {
     e->heads = carve(&c, rows * (size_t)s->q_cols * f);
     e->wide = carve(&c, rows * (size_t)s->wide_stride * f);
     e->hidden = carve(&c, 2 * (size_t)hidden_cols * f);
-    e->angles[0] = carve(&c, rows * (size_t)m->head_dim * f);
+    e->angles[0] = m->rope ? carve(&c, rows * (size_t)m->head_dim * f) : NULL;
     e->angles[1] = m->rope_local ? carve(&c, rows * (size_t)m->head_dim * f) : NULL;
     e->act = carve_act(&c, s->in_groups, rows, fp32);
     e->hidden_act = carve_act(&c, s->hidden_groups, rows, fp32);
@@ -212,9 +215,20 @@ void fl_close(fl_engine *e) {
     fl_os_release(e->scratch, e->scratch_bytes); /* holds e itself */
 }
 
+/* What an encoder's step promises beyond that of a decoder. */
+static int holds_whole_texts(const fl_batch *b) {
+    if (b->n_logits || !b->hidden || b->sequences[0] != 0) return 0;
+    for (uint32_t i = 0; i < b->n_tokens; i++) {
+        int follows = i && b->sequences[i] == b->sequences[i - 1];
+        if (!follows && b->positions[i] != 0) return 0;
+        if (i && !follows && b->sequences[i] != b->sequences[i - 1] + 1) return 0;
+    }
+    return (uint32_t)b->sequences[b->n_tokens - 1] + 1 == b->n_sequences;
+}
+
 /* Every number that comes from outside and would become an address. */
 static int batch_is_valid(const fl_engine *e, const fl_batch *b) {
-    if (b->n_tokens < 1 || b->n_tokens > FL_MAX_BATCH) return 0;
+    if (b->n_tokens < 1 || b->n_tokens > most_tokens()) return 0;
     if (b->n_sequences < 1 || b->n_sequences > e->max_sequences) return 0;
     if (b->n_logits > b->n_tokens || (b->n_logits && !b->logits)) return 0;
     for (uint32_t i = 0; i < b->n_tokens; i++) {
@@ -233,7 +247,7 @@ static int batch_is_valid(const fl_engine *e, const fl_batch *b) {
     }
     for (uint32_t i = 0; i < b->n_logits; i++)
         if (b->logit_rows[i] < 0 || (uint32_t)b->logit_rows[i] >= b->n_tokens) return 0;
-    return 1;
+    return !FL_MODEL.encodes || holds_whole_texts(b);
 }
 
 /* When another program keeps one of our cores busy, the thread on it is away for whole time slices

@@ -18,8 +18,9 @@
 #include "fl_os.h"
 
 /* Tokens of a step, rounded up to whole tiles of both kinds. */
-#define FL_BATCH_ROWS ((FL_MAX_BATCH / FL_TILE + 1) * FL_TILE)
+#define FL_STEP_ROWS(most) (((most) / FL_TILE + 1) * FL_TILE)
 _Static_assert(FL_MAX_BATCH % FL_TALL_TILE == 0, "the last tall tile must be whole");
+_Static_assert(FL_MAX_TEXT % FL_TALL_TILE == 0, "the last tall tile must be whole");
 #define FL_NONE SIZE_MAX
 
 /* One matrix of the model: its shape and where its three arrays start in the weights. */
@@ -70,14 +71,18 @@ typedef struct {
 
 typedef enum { FL_SILU, FL_GELU } fl_activation;
 
+/* What a text's vector is: the mean of its tokens, or its first one. */
+typedef enum { FL_MEAN, FL_FIRST } fl_pooling;
+
 typedef struct fl_thread fl_thread;
 
 /* Sizes that decide memory; all others are arguments of the operations. */
 typedef struct {
     int32_t vocab, d_model, head_dim, d_ff, max_context;
     int32_t n_heads, n_kv_heads; /* of the layer that has most */
-    int32_t kv_heads_in_all; /* of all layers together */
-    const float *rope; /* [head_dim / 2] angle per position */
+    int32_t kv_heads_in_all; /* that keep keys and values of their own: of an encoder one layer's */
+    int encodes; /* 1: an encoder, whose steps hold whole sequences */
+    const float *rope; /* [head_dim / 2] angle per position, or NULL */
     const float *rope_local; /* the same for sliding layers, or NULL */
     const fl_screen *screen; /* NULL: the head is always computed in full */
     size_t weights_size;
@@ -115,5 +120,23 @@ void fl_head(fl_thread *t, size_t norm, float eps, const fl_packed *head);
 /* the same, but exact only where it can matter, unless the caller asked for more */
 void fl_head_split(fl_thread *t, size_t norm, float eps, const fl_packed *head,
                    const fl_screen *screen);
+
+/* ---- of encoders (fl_encoder.c) ---- */
+
+/* x = layernorm(words[token] + positions[position] + types[0]); act = quantize(x) */
+void fl_embed_text(fl_thread *t, const fl_table *words, const fl_table *positions,
+                   const fl_table *types, size_t weight, size_t bias, float eps);
+/* scale q, store k and v in the pages */
+void fl_store(fl_thread *t, float q_scale);
+/* heads = attention over all positions of each token's own sequence */
+void fl_attend_all(fl_thread *t);
+/* x = layernorm(x + W quantize(heads)); act = quantize(x) */
+void fl_add_heads_norm(fl_thread *t, const fl_packed *w, size_t weight, size_t bias, float eps);
+/* hidden = quantize(gelu(up act)) */
+void fl_hidden(fl_thread *t, const fl_packed *up);
+/* x = layernorm(x + W hidden); act = quantize(x) */
+void fl_add_hidden_norm(fl_thread *t, const fl_packed *w, size_t weight, size_t bias, float eps);
+/* the vector of each sequence, of length 1 */
+void fl_pool(fl_thread *t, fl_pooling kind);
 
 #endif

@@ -152,6 +152,13 @@ typedef struct {
     /* y[i] = silu(gate[i]) * up[i]  or  gelu_tanh(gate[i]) * up[i] */
     void (*silu_mul)(float *y, const float *gate, const float *up, int32_t n);
     void (*gelu_mul)(float *y, const float *gate, const float *up, int32_t n);
+
+    /* y[i] = (x[i] - mean(x)) / sqrt(variance(x) + eps) * weight[i] + bias[i] */
+    void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int32_t n,
+                      float eps);
+
+    /* y[i] = x[i] * (1 + erf(x[i] / sqrt(2))) / 2, within 1e-6 */
+    void (*gelu_erf)(float *y, const float *x, int32_t n);
 } fl_kernels;
 
 /* Tokens that lie side by side in the activations of n tokens. */

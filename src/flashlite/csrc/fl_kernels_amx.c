@@ -189,4 +189,6 @@ const fl_kernels fl_kernels_amx = {
     .rmsnorm = rmsnorm,
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,
+    .layernorm = layernorm,
+    .gelu_erf = gelu_erf,
 };

@@ -903,6 +903,76 @@ INLINE __m256 gelu_mul8(__m256 x, __m256 up) {
 GATED(silu_mul, silu_mul8)
 GATED(gelu_mul, gelu_mul8)
 
+/* The last n < 16 of a row, zeros after them. */
+typedef struct {
+    float x[16];
+} row_end;
+
+INLINE row_end load_end(const float *x, int32_t n) {
+    row_end end = {{0}};
+    memcpy(end.x, x, (size_t)n * sizeof *x);
+    return end;
+}
+
+static void layernorm(float *y, const float *x, const float *weight, const float *bias, int32_t n,
+                      float eps) {
+    __m256 low = _mm256_setzero_ps(), high = low;
+    int32_t whole = n / 16 * 16, left = n - whole;
+    row_end end = load_end(x + whole, left);
+    for (int32_t i = 0; i < n; i += 16) {
+        const float *from = i < whole ? x + i : end.x;
+        low = _mm256_add_ps(low, _mm256_loadu_ps(from));
+        high = _mm256_add_ps(high, _mm256_loadu_ps(from + 8));
+    }
+    float mean = sum_lanes(_mm256_add_ps(low, high)) / (float)n;
+    __m256 m = _mm256_set1_ps(mean);
+    for (int32_t i = left; left && i < 16; i++) end.x[i] = mean; /* what is left of it: 0 */
+    low = high = _mm256_setzero_ps();
+    for (int32_t i = 0; i < n; i += 16) {
+        const float *from = i < whole ? x + i : end.x;
+        __m256 x0 = _mm256_sub_ps(_mm256_loadu_ps(from), m);
+        __m256 x1 = _mm256_sub_ps(_mm256_loadu_ps(from + 8), m);
+        low = _mm256_fmadd_ps(x0, x0, low);
+        high = _mm256_fmadd_ps(x1, x1, high);
+    }
+    float scale = fl_rsqrt(sum_lanes(_mm256_add_ps(low, high)) / (float)n + eps);
+    __m256 s = _mm256_set1_ps(scale);
+    int32_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + i), m), s);
+        v = _mm256_fmadd_ps(v, _mm256_loadu_ps(weight + i), _mm256_loadu_ps(bias + i));
+        _mm256_storeu_ps(y + i, v);
+    }
+    for (; i < n; i++) y[i] = fl_fma((x[i] - mean) * scale, weight[i], bias[i]);
+}
+
+/* fl_gelu_erf. max and min return their second operand for NaN, as its conditions do. */
+INLINE __m256 gelu_erf8(__m256 x) {
+    const __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+    __m256 above = _mm256_max_ps(_mm256_setzero_ps(), x);
+    __m256 z = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    z = _mm256_min_ps(z, _mm256_set1_ps(FL_NORMAL_MAX));
+    __m256 p = _mm256_fmadd_ps(z, _mm256_set1_ps(FL_NORMAL_P6), _mm256_set1_ps(FL_NORMAL_P5));
+    p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(FL_NORMAL_P4));
+    p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(FL_NORMAL_P3));
+    p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(FL_NORMAL_P2));
+    p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(FL_NORMAL_P1));
+    p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(-1.0f));
+    return _mm256_fnmadd_ps(z, exp2_8(p, all), above);
+}
+
+static void gelu_erf(float *y, const float *x, int32_t n) {
+    int32_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, gelu_erf8(_mm256_loadu_ps(x + i)));
+    if (i < n) {
+        size_t bytes = (size_t)(n - i) * sizeof *y;
+        float rest[8] = {0};
+        memcpy(rest, x + i, bytes);
+        _mm256_storeu_ps(rest, gelu_erf8(_mm256_loadu_ps(rest)));
+        memcpy(y + i, rest, bytes);
+    }
+}
+
 const fl_kernels fl_kernels_avx2 = {
     .isa = "avx2",
     .fp32 = 0,
@@ -914,4 +984,6 @@ const fl_kernels fl_kernels_avx2 = {
     .rmsnorm = rmsnorm,
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,
+    .layernorm = layernorm,
+    .gelu_erf = gelu_erf,
 };

@@ -891,6 +891,48 @@ static void gelu_mul(float *y, const float *gate, const float *up, int32_t n) {
     gate_mul(1, y, gate, up, n);
 }
 
+static void layernorm(float *y, const float *x, const float *weight, const float *bias, int32_t n,
+                      float eps) {
+    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (int32_t i = 0; i < n; i += 16) {
+        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes(n - i), x + i));
+    }
+    __m512 mean = _mm512_set1_ps(_mm512_cvtss_f32(fold_add(sum)) / (float)n);
+    for (int32_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(n - i);
+        __m512 rest = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), mean);
+        rest = _mm512_maskz_mov_ps(mask, rest);
+        squares = _mm512_fmadd_ps(rest, rest, squares);
+    }
+    float variance = _mm512_cvtss_f32(fold_add(squares)) / (float)n;
+    __m512 scale = _mm512_set1_ps(fl_rsqrt(variance + eps));
+    for (int32_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(n - i);
+        __m512 v = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), mean);
+        v = _mm512_fmadd_ps(_mm512_mul_ps(v, scale), _mm512_maskz_loadu_ps(mask, weight + i),
+                            _mm512_maskz_loadu_ps(mask, bias + i));
+        _mm512_mask_storeu_ps(y + i, mask, v);
+    }
+}
+
+/* fl_gelu_erf. max and min return their second operand for NaN, as its conditions do. */
+static void gelu_erf(float *y, const float *x, int32_t n) {
+    for (int32_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(n - i);
+        __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+        __m512 above = _mm512_max_ps(_mm512_setzero_ps(), v);
+        __m512 z = _mm512_min_ps(_mm512_abs_ps(v), _mm512_set1_ps(FL_NORMAL_MAX));
+        __m512 p = _mm512_fmadd_ps(z, _mm512_set1_ps(FL_NORMAL_P6), _mm512_set1_ps(FL_NORMAL_P5));
+        p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(FL_NORMAL_P4));
+        p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(FL_NORMAL_P3));
+        p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(FL_NORMAL_P2));
+        p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(FL_NORMAL_P1));
+        p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(-1.0f));
+        v = _mm512_fnmadd_ps(z, exp2_16(p, 0xffff), above);
+        _mm512_mask_storeu_ps(y + i, mask, v);
+    }
+}
+
 #if !defined(FL_FUNCTIONS_ALONE) /* fl_kernels_amx.c makes a table of its own of them */
 const fl_kernels fl_kernels_avx512 = {
     .isa = "avx512",
@@ -903,5 +945,7 @@ const fl_kernels fl_kernels_avx512 = {
     .rmsnorm = rmsnorm,
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,
+    .layernorm = layernorm,
+    .gelu_erf = gelu_erf,
 };
 #endif

@@ -126,4 +126,6 @@ const fl_kernels fl_kernels_fp32 = {
     .rmsnorm = fl_plain_rmsnorm,
     .silu_mul = fl_plain_silu_mul,
     .gelu_mul = fl_plain_gelu_mul,
+    .layernorm = fl_plain_layernorm,
+    .gelu_erf = fl_plain_gelu_erf,
 };

@@ -252,6 +252,31 @@ void fl_plain_gelu_mul(float *y, const float *gate, const float *up, int32_t n) 
     for (int32_t i = 0; i < n; i++) y[i] = fl_gelu(gate[i]) * up[i];
 }
 
+/* Both sums in 16 lanes; the second over what is left when the mean is gone. */
+void fl_plain_layernorm(float *y, const float *x, const float *weight, const float *bias, int32_t n,
+                        float eps) {
+    float sums[16] = {0}, squares[16] = {0};
+    int32_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        for (int32_t j = 0; j < 16; j++) sums[j] += x[i + j];
+    }
+    for (; i < n; i++) sums[i % 16] += x[i];
+    float mean = fl_fold(sums) / (float)n;
+    for (i = 0; i + 16 <= n; i += 16) {
+        for (int32_t j = 0; j < 16; j++) {
+            float rest = x[i + j] - mean;
+            squares[j] = fl_fma(rest, rest, squares[j]);
+        }
+    }
+    for (; i < n; i++) squares[i % 16] = fl_fma(x[i] - mean, x[i] - mean, squares[i % 16]);
+    float scale = fl_rsqrt(fl_fold(squares) / (float)n + eps);
+    for (i = 0; i < n; i++) y[i] = fl_fma((x[i] - mean) * scale, weight[i], bias[i]);
+}
+
+void fl_plain_gelu_erf(float *y, const float *x, int32_t n) {
+    for (int32_t i = 0; i < n; i++) y[i] = fl_gelu_erf(x[i]);
+}
+
 const fl_kernels fl_kernels_plain = {
     .isa = "plain",
     .fp32 = 0,
@@ -263,4 +288,6 @@ const fl_kernels fl_kernels_plain = {
     .rmsnorm = fl_plain_rmsnorm,
     .silu_mul = fl_plain_silu_mul,
     .gelu_mul = fl_plain_gelu_mul,
+    .layernorm = fl_plain_layernorm,
+    .gelu_erf = fl_plain_gelu_erf,
 };

@@ -146,6 +146,29 @@ static inline float fl_gelu(float x) {
     return x / (1.0f + fl_exp(FL_GELU_A * x * fl_fma(FL_GELU_B * x, x, 1.0f)));
 }
 
+/* x Phi(x) = max(x, 0) - z Phi(-z) with z = |x|, Phi the normal distribution. log2 Phi(-z) + 1 is z
+ * times a polynomial, fitted on [0, 6] to the least maximum of the error of z Phi(-z): 8e-8. With
+ * that of fl_exp2 all is within 6e-7. Beyond 6 the product counts for nothing, and z stays there. */
+#define FL_NORMAL_MAX 6.0f
+#define FL_NORMAL_P1 (-1.15114713f)
+#define FL_NORMAL_P2 (-0.458915681f)
+#define FL_NORMAL_P3 (-0.0532381870f)
+#define FL_NORMAL_P4 0.00797746330f
+#define FL_NORMAL_P5 (-0.000739874318f)
+#define FL_NORMAL_P6 2.99242002e-05f
+
+static inline float fl_gelu_erf(float x) {
+    float z = fabsf(x), above = 0.0f > x ? 0.0f : x;            /* NaN stays */
+    z = z < FL_NORMAL_MAX ? z : FL_NORMAL_MAX;                  /* of NaN: 6 */
+    float p = fl_fma(z, FL_NORMAL_P6, FL_NORMAL_P5);
+    p = fl_fma(p, z, FL_NORMAL_P4);
+    p = fl_fma(p, z, FL_NORMAL_P3);
+    p = fl_fma(p, z, FL_NORMAL_P2);
+    p = fl_fma(p, z, FL_NORMAL_P1);
+    p = fl_fma(p, z, -1.0f);
+    return fl_fma(-z, fl_exp2(p), above);
+}
+
 /* Sum of 16 lanes, halves added to halves: the order of every vector width. */
 static inline float fl_fold(float lanes[16]) {
     for (int32_t half = 8; half > 0; half /= 2) {
@@ -175,7 +198,10 @@ static inline float fl_softmax_page(float *scores, int32_t low, int32_t high, fl
 
 /* Functions of whole rows that fl_kernels_plain.c defines and the FP32 table takes as they are. */
 void fl_plain_rmsnorm(float *y, const float *x, const float *weight, int32_t n, float eps);
+void fl_plain_layernorm(float *y, const float *x, const float *weight, const float *bias, int32_t n,
+                        float eps);
 void fl_plain_silu_mul(float *y, const float *gate, const float *up, int32_t n);
 void fl_plain_gelu_mul(float *y, const float *gate, const float *up, int32_t n);
+void fl_plain_gelu_erf(float *y, const float *x, int32_t n);
 
 #endif

@@ -11,8 +11,8 @@
 
 /* ---- embedding and rotary angles ---- */
 
-static void look_up(const fl_thread *t, const fl_table *table, int32_t token, float scale, float *x,
-                    int32_t d) {
+void fl_look_up(const fl_thread *t, const fl_table *table, int32_t token, float scale, float *x,
+                int32_t d) {
     if (table->halves != FL_NONE) {
         const uint16_t *row =
             (const uint16_t *)(t->engine->weights + table->halves) + (size_t)token * (size_t)d;
@@ -74,7 +74,7 @@ void fl_embed(fl_thread *t, const fl_table *table, float scale) {
     int32_t d = FL_MODEL.d_model, hd = FL_MODEL.head_dim;
     fl_span mine = share_tokens(t, n_tokens(t));
     for (int32_t i = mine.first; i < mine.last; i++) {
-        look_up(t, table, e->batch.tokens[i], scale, e->x + (size_t)i * (size_t)d, d);
+        fl_look_up(t, table, e->batch.tokens[i], scale, e->x + (size_t)i * (size_t)d, d);
         size_t at = (size_t)i * (size_t)hd;
         fill_angles(e->angles[0] + at, FL_MODEL.rope, hd / 2, e->batch.positions[i]);
         if (FL_MODEL.rope_local)
@@ -118,17 +118,6 @@ static void rotate(float *x, const float *angles, int32_t half) {
     }
 }
 
-static fl_kv pages_of(const fl_thread *t, const fl_heads *heads, int32_t head, int32_t sequence) {
-    const fl_engine *e = t->engine;
-    size_t index = (size_t)heads->before + (size_t)head;
-    return (fl_kv){
-        .base = e->arena + index * e->sizes.head_bytes,
-        .page_bytes = e->sizes.page_bytes,
-        .pages = e->batch.pages + (size_t)sequence * e->batch.page_stride,
-        .head_dim = FL_MODEL.head_dim,
-    };
-}
-
 void fl_rotate_store(fl_thread *t, const fl_heads *heads, size_t q_norm, size_t k_norm, float eps,
                      float q_scale, int local) {
     fl_engine *e = t->engine;
@@ -146,7 +135,7 @@ void fl_rotate_store(fl_thread *t, const fl_heads *heads, size_t q_norm, size_t 
         if (norm != FL_NONE) e->kernels->rmsnorm(x, x, floats(t, norm), hd, eps);
         rotate(x, angles, hd / 2);
         if (is_key) {
-            fl_kv kv = pages_of(t, heads, h, e->batch.sequences[i]);
+            fl_kv kv = pages_of(t, heads->before + h, e->batch.sequences[i]);
             e->kernels->store_kv(&kv, e->batch.positions[i], x, row + s->v_offset + h * hd);
         } else {
             for (int32_t j = 0; j < hd; j++) x[j] *= q_scale;
@@ -170,7 +159,7 @@ static void attend_run(fl_thread *t, const fl_heads *heads, int32_t window, int3
     int32_t hd = FL_MODEL.head_dim, n = 0, skipped = 0;
     int32_t first[FL_MAX_QUERIES] = {0}, last[FL_MAX_QUERIES] = {0}, stream[FL_STREAM_PAGES];
     size_t bytes = (size_t)hd * sizeof(float);
-    fl_kv kv = pages_of(t, heads, head, e->batch.sequences[i0]);
+    fl_kv kv = pages_of(t, heads->before + head, e->batch.sequences[i0]);
     if (heads->streams && heads->streams[head]) {
         int32_t from = stream_from(e->batch.positions[i0]);
         if (from) {

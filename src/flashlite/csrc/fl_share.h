@@ -47,6 +47,21 @@ static inline fl_linear linear(const fl_thread *t, const fl_packed *p) {
     };
 }
 
+/* Where keys and values of one sequence lie, of one KV head, counted over all layers. */
+static inline fl_kv pages_of(const fl_thread *t, int32_t head, int32_t sequence) {
+    const fl_engine *e = t->engine;
+    return (fl_kv){
+        .base = e->arena + (size_t)head * e->sizes.head_bytes,
+        .page_bytes = e->sizes.page_bytes,
+        .pages = e->batch.pages + (size_t)sequence * e->batch.page_stride,
+        .head_dim = FL_MODEL.head_dim,
+    };
+}
+
+/* x = a row of the table times scale; in fl_ops.c. */
+void fl_look_up(const fl_thread *t, const fl_table *table, int32_t token, float scale, float *x,
+                int32_t d);
+
 /* Rows of blocks [block0, block1) for every token of `act`; y points at row 0 of token 0. */
 static inline void multiply(fl_thread *t, float *y, size_t stride, const fl_linear *w,
                             int32_t block0, int32_t block1, const fl_act *act) {

@@ -27,7 +27,7 @@ struct fl_thread {
     pthread_t handle;
     fl_act own; /* one token's activations: with one token every thread makes its own */
     float *row; /* [widest row] one token before it is quantized */
-    float *gate, *up; /* [FL_BATCH_ROWS][FL_GATED_COLS] a few groups of d_ff */
+    float *gate, *up; /* [rows of a step][FL_GATED_COLS] a few groups of d_ff */
     float *queries; /* [FL_MAX_QUERIES][head_dim] */
     float *answers; /* [FL_MAX_QUERIES][head_dim] */
     void *panel; /* kernels' scratch */
@@ -55,7 +55,7 @@ struct fl_engine {
     uint8_t *scratch;
     size_t scratch_bytes;
 
-    /* Of the current step, shared by all threads, [FL_BATCH_ROWS] rows each. */
+    /* Of the current step, shared by all threads, FL_STEP_ROWS rows each. */
     fl_batch batch;
     float *x; /* [d_model] residual stream */
     float *qkv; /* [qkv_stride] */

@@ -2,7 +2,8 @@
 
 An environment is made on first use under the cache folder, `peers/NAME-VERSION-RECIPE`, and kept;
 RECIPE is a digest of how it is built, so that another recipe builds another environment.
-FLASHLITE_PEER_LLAMA_CPP and FLASHLITE_PEER_OPENVINO name the Python of one made by hand instead.
+FLASHLITE_PEER_LLAMA_CPP, FLASHLITE_PEER_OPENVINO and FLASHLITE_PEER_SENTENCE_TRANSFORMERS name the
+Python of one made by hand instead.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class Peer:
     module: str  # what must be importable afterwards
     pip_options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)  # of the installation
+    encodes: bool = False  # makes vectors of texts instead of text
 
     @property
     def override(self) -> str:
         """The variable that names a Python to use instead."""
-        return "FLASHLITE_PEER_" + self.name.upper().replace(".", "_")
+        return "FLASHLITE_PEER_" + self.name.upper().replace(".", "_").replace("-", "_")
 
     @property
     def folder(self) -> str:
@@ -113,19 +115,31 @@ PEERS: Mapping[str, Peer] = {
             script=_HERE / "peer_openvino.py",
             module="openvino_genai",
         ),
+        Peer(
+            name="sentence-transformers",
+            version="6.2.0",
+            requirements=("sentence-transformers==6.2.0", "torch==2.13.0"),
+            script=_HERE / "peer_sentence_transformers.py",
+            module="sentence_transformers",
+            encodes=True,
+        ),
     )
 }
 
 
-def find_peers(names: Sequence[str]) -> list[Peer]:
+def find_peers(names: Sequence[str], *, encode: bool = False) -> list[Peer]:
     """The peers of these names, each once.
+
+    Args:
+        encode: those that make vectors of texts, instead of those that write.
 
     Raises:
         UsageError: a name is unknown.
     """
+    known = [name for name, peer in PEERS.items() if peer.encodes == encode]
     for name in names:
-        if name not in PEERS:
-            raise UsageError(f"peer {name!r} is unknown; known are {', '.join(PEERS)}")
+        if name not in known:
+            raise UsageError(f"peer {name!r} is unknown; known are {', '.join(known)}")
     return [PEERS[name] for name in dict.fromkeys(names)]
 
 

@@ -20,9 +20,10 @@ __all__ = ["Measurer", "our_command", "peer_command"]
 _HERE = Path(__file__).parent
 
 
-def our_command(*, exact_head: bool = False) -> list[str]:
-    """Starts the process that measures flashlite itself."""
-    script = _HERE / ("ours_exact.py" if exact_head else "ours.py")
+def our_command(*, exact_head: bool = False, encode: bool = False) -> list[str]:
+    """Starts the process that measures flashlite itself; `encode`: an encoder of it."""
+    name = "ours_encoder.py" if encode else "ours_exact.py" if exact_head else "ours.py"
+    script = _HERE / name
     return [sys.executable, "-m", "flashlite.evaluate.worker", str(script)]
 
 
@@ -83,6 +84,16 @@ class Measurer:
         """Seconds of `n` greedy steps of all prompts at once, whose prefill is not counted."""
         asked = [list(prompt) for prompt in prompts]
         return float(self._ask(cmd="together", prompts=asked, n=n)["seconds"])
+
+    def embed(self, texts: Sequence[str], batch: int = 32) -> float:
+        """Seconds to turn texts into vectors, `batch` together where the engine does so."""
+        return float(self._ask(cmd="embed", texts=list(texts), batch=batch)["seconds"])
+
+    def vectors(self, texts: Sequence[str], batch: int = 32) -> list[list[float]]:
+        """The vectors of texts."""
+        answer = self._ask(cmd="embed", texts=list(texts), batch=batch, vectors=True)
+        found: list[list[float]] = answer["vectors"]
+        return found
 
     def peak_memory(self) -> int:
         """Highest resident bytes so far."""

@@ -13,11 +13,17 @@ and, where it runs several sequences in one step, takes their number as a fourth
 
     together(prompts, n) -> seconds of n greedy steps of all of them, prefill not counted
 
+An encoder has, instead of all of these,
+
+    embed(texts, batch) -> seconds, vectors   of texts, `batch` of them together if it does so
+
     {"cmd": "open", "model": PATH, "threads": 2, "context": 2048} -> {"seconds": 0.4}
     {"cmd": "prefill", "ids": [...]}           -> {"seconds": 0.9}
     {"cmd": "decode", "ids": [...], "n": 128}  -> {"seconds": 0.7}
     {"cmd": "together", "prompts": [[...]], "n": 64}  -> {"seconds": 0.9}   after an open with
                                                          "sequences": 16, "context" for them all
+    {"cmd": "embed", "texts": ["..."], "batch": 32}   -> {"seconds": 0.2}, with "vectors": true
+                                                         also {"vectors": [[...], ...]}
     {"cmd": "rss"}                             -> {"bytes": 98000000}   highest so far (VmHWM)
     {"cmd": "close"}                           -> {}
 
@@ -71,6 +77,11 @@ def answer_lines(model_class: Any, requests: IO[str], answers: IO[str]) -> None:
                 answer = {"seconds": model.decode(request["ids"], request["n"])}
             elif command == "together":
                 answer = {"seconds": model.together(request["prompts"], request["n"])}
+            elif command == "embed":
+                seconds, vectors = model.embed(request["texts"], request["batch"])
+                answer = {"seconds": seconds}
+                if request.get("vectors"):
+                    answer["vectors"] = vectors.tolist()
             else:
                 raise RuntimeError(f"unknown command {command!r}")
         except Exception as error:

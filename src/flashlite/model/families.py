@@ -6,17 +6,19 @@ from collections.abc import Mapping
 
 from flashlite.checkpoint.base import Checkpoint
 from flashlite.errors import ArtifactError, CheckpointError, UnsupportedModel
+from flashlite.model.bert import describe_encoder
 from flashlite.model.family import GGUF_NAMES, Family
 from flashlite.model.fields import Fields
 from flashlite.model.gemma3 import GEMMA3
 from flashlite.model.llama import LLAMA
 from flashlite.model.qwen2 import QWEN2
 from flashlite.model.qwen3 import QWEN3
-from flashlite.model.source import SourceModel, connect
+from flashlite.model.source import EncoderSource, SourceModel, connect
 
-__all__ = ["FAMILIES", "describe"]
+__all__ = ["ENCODERS", "FAMILIES", "describe", "describe_any"]
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, GEMMA3, QWEN2, QWEN3)}
+ENCODERS = ("bert",)  # architectures that make vectors, not text
 _ALIASES = {"gemma3_text": "gemma3"}  # config.json's `model_type`
 
 
@@ -53,11 +55,22 @@ def describe(checkpoint: Checkpoint) -> SourceModel:
     )
 
 
+def describe_any(checkpoint: Checkpoint) -> SourceModel | EncoderSource:
+    """Describe a language model or a text encoder, whichever it is.
+
+    Raises:
+        UnsupportedModel, CheckpointError: as `describe`.
+    """
+    if checkpoint.architecture in ENCODERS:
+        return describe_encoder(checkpoint)
+    return describe(checkpoint)
+
+
 def _family(checkpoint: Checkpoint) -> Family:
     name = _ALIASES.get(checkpoint.architecture, checkpoint.architecture)
-    if name == "bert":
+    if name in ENCODERS:
         raise UnsupportedModel(
-            "architecture bert is an embedding model: it makes vectors, not text, and this "
+            f"architecture {name} is an embedding model: it makes vectors, not text, and this "
             f"command runs {_known()}",
             path=checkpoint.path,
         )

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from flashlite.checkpoint.base import Checkpoint, TensorInfo
 from flashlite.errors import CheckpointError, UnsupportedModel
+from flashlite.model.encoder import EncoderSpec, Spec
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["Source", "SourceModel", "connect"]
+__all__ = ["EncoderSource", "Source", "SourceModel", "SourceTensors", "connect", "connect_encoder"]
 
 T = TypeVar("T", bound=np.generic)
 
@@ -32,10 +33,10 @@ class Source:
 
 
 @dataclass(frozen=True)
-class SourceModel:
-    """A described checkpoint: its spec, and every canonical tensor on demand."""
+class SourceTensors:
+    """A described checkpoint of either kind: its spec, and every canonical tensor on demand."""
 
-    spec: ModelSpec
+    spec: Spec
     checkpoint: Checkpoint
     sources: Mapping[str, Source]  # one for each name of `spec.shapes()`
 
@@ -78,6 +79,20 @@ class SourceModel:
         return self.sources[canonical]
 
 
+@dataclass(frozen=True)
+class SourceModel(SourceTensors):
+    """A described language model."""
+
+    spec: ModelSpec
+
+
+@dataclass(frozen=True)
+class EncoderSource(SourceTensors):
+    """A described text encoder."""
+
+    spec: EncoderSpec
+
+
 def connect(
     checkpoint: Checkpoint,
     spec: ModelSpec,
@@ -101,6 +116,32 @@ def connect(
         CheckpointError: a tensor is missing, has another shape, or is one the spec does not use.
     """
     heads = {"q": spec.n_heads, "k": spec.n_kv_heads} if interleaved else {}
+    sources = _find(checkpoint, spec, names, heads, norm_offset)
+    _refuse_unused(checkpoint, {source.name for source in sources.values()} | known, spec)
+    return SourceModel(spec, checkpoint, sources)
+
+
+def connect_encoder(
+    checkpoint: Checkpoint,
+    spec: EncoderSpec,
+    names: Mapping[str, str],
+    *,
+    known: frozenset[str] = frozenset(),
+) -> EncoderSource:
+    """Find every canonical tensor of an encoder; arguments and errors as `connect`."""
+    sources = _find(checkpoint, spec, names, {}, 0.0)
+    _refuse_unused(checkpoint, {source.name for source in sources.values()} | known, spec)
+    return EncoderSource(spec, checkpoint, sources)
+
+
+def _find(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    names: Mapping[str, str],
+    heads: Mapping[str, int],
+    norm_offset: float,
+) -> dict[str, Source]:
+    """Where each tensor of `spec.shapes()` lies."""
     sources: dict[str, Source] = {}
     for canonical, shape in spec.shapes():
         name, kind = _stored_name(canonical, names)
@@ -116,8 +157,7 @@ def connect(
             )
         offset = norm_offset if kind.endswith("norm") else 0.0
         sources[canonical] = Source(name, heads.get(kind.removesuffix("_bias")), offset)
-    _refuse_unused(checkpoint, {source.name for source in sources.values()} | known, spec)
-    return SourceModel(spec, checkpoint, sources)
+    return sources
 
 
 def _stored_name(canonical: str, names: Mapping[str, str]) -> tuple[str, str]:
@@ -128,7 +168,7 @@ def _stored_name(canonical: str, names: Mapping[str, str]) -> tuple[str, str]:
     return names["layers.{i}." + kind].replace("{i}", layer), kind
 
 
-def _refuse_unused(checkpoint: Checkpoint, used: set[str], spec: ModelSpec) -> None:
+def _refuse_unused(checkpoint: Checkpoint, used: set[str], spec: Spec) -> None:
     """A tensor nobody reads would mean another arithmetic than the spec's.
 
     Biases of zero are let through: they change nothing, and some exporters write them.

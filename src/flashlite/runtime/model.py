@@ -13,7 +13,7 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,8 @@ from flashlite.artifact.format import TOKENIZER, Artifact
 from flashlite.artifact.read import load_texts, load_weights
 from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.codegen.target import Target
-from flashlite.errors import EngineError, MemoryCeiling, UsageError
+from flashlite.errors import EngineError, UsageError
+from flashlite.runtime.ceiling import within
 from flashlite.runtime.engine import Engine, default_threads
 from flashlite.runtime.library import MAX_BATCH, PAGE_TOKENS, Library, load_library
 from flashlite.runtime.memory import (
@@ -33,7 +34,6 @@ from flashlite.runtime.memory import (
     TOKENIZER_GROWTH,
     Ledger,
     MemoryPlan,
-    format_size,
     parse_size,
     plan_memory,
     text_limit,
@@ -41,7 +41,7 @@ from flashlite.runtime.memory import (
 from flashlite.runtime.prefixstore import open_store
 from flashlite.runtime.prefixtree import prefix_of
 from flashlite.runtime.prepare import DEFAULT_MODEL, Progress, compile_artifact, find_artifact
-from flashlite.runtime.process import free_memory, limit_data, resident_bytes, return_unused
+from flashlite.runtime.process import free_memory, resident_bytes, return_unused
 from flashlite.runtime.sampling import SamplingParams
 from flashlite.runtime.scheduler import FinishReason, Generation, Piece, Scheduler
 from flashlite.runtime.speculate import MAX_DRAFT
@@ -325,7 +325,7 @@ def load(
     from flashlite.codegen.target import host_target
 
     ceiling = None if max_mem is None else parse_size(max_mem)
-    with _within(ceiling, "found or made", default_threads()):
+    with within(ceiling, "found or made", default_threads()):
         artifact = find_artifact(
             str(model),
             preset=preset,
@@ -372,7 +372,7 @@ def open_model(
     threads = default_threads() if threads is None else threads
     draft = MAX_DRAFT if speculate else 0
     with ExitStack() as limits:
-        limits.enter_context(_within(ceiling, "opened", threads))
+        limits.enter_context(within(ceiling, "opened", threads))
         with ThreadPoolExecutor(1) as beside:
             # Weights are read beside the rest; under a ceiling not before they fit.
             read = functools.partial(load_weights, artifact, verify=enable_integrity_check)
@@ -408,22 +408,6 @@ def open_model(
             request_bytes=None if ceiling is None else plan.ledger.request_bytes(plan.context),
         )
         return Model(artifact, tokenizer, scheduler, plan, limits.pop_all())
-
-
-@contextmanager
-def _within(ceiling: int | None, what: str, threads: int) -> Iterator[None]:
-    """`limit_data`, and an error of ours where it strikes before `ceiling` has refused."""
-    with limit_data(ceiling, threads):
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "new thread" not in str(error):
-                raise
-            limit = "what is free" if ceiling is None else f"max_mem, {format_size(ceiling)}"
-            raise MemoryCeiling(
-                f"the model cannot be {what} within {limit}; raise it, or quantize and compile "
-                "the model beforehand"
-            ) from None
 
 
 def plan_model(

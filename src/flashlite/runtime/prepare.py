@@ -16,7 +16,7 @@ from flashlite import paths
 from flashlite.artifact.format import FORMAT_VERSION, Artifact
 from flashlite.artifact.read import open_artifact
 from flashlite.checkpoint.pull import Pulled, pull
-from flashlite.codegen.emit import emit_model
+from flashlite.codegen.generate import generate
 from flashlite.codegen.target import Target, host_target
 from flashlite.codegen.toolchain import build_library
 from flashlite.errors import (
@@ -28,6 +28,7 @@ from flashlite.errors import (
 )
 
 __all__ = [
+    "DEFAULT_ENCODER",
     "DEFAULT_MODEL",
     "SPLIT_HEAD",
     "Progress",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_ENCODER = "all-minilm-l6-v2"
 SPLIT_HEAD = ("auto", "off", "on")
 
 Progress = Callable[[str, int, int], None]
@@ -99,10 +101,11 @@ def make_artifact(
     from flashlite.artifact.write import quantize
     from flashlite.checkpoint.convert_tokenizer import build_tokenizer_checked
     from flashlite.checkpoint.open import open_checkpoint
-    from flashlite.model.families import describe
+    from flashlite.model.families import describe_any
+    from flashlite.model.source import EncoderSource
 
     checkpoint = open_checkpoint(pulled.path)
-    source = describe(checkpoint)
+    source = describe_any(checkpoint)
     tokenizer = build_tokenizer_checked(checkpoint)
     artifact = quantize(
         source,
@@ -117,6 +120,8 @@ def make_artifact(
         },
         progress=_stage(progress, "quantize"),
     )
+    if isinstance(source, EncoderSource):  # it has none
+        return artifact
     return split_head(artifact, head, progress=progress)
 
 
@@ -190,13 +195,13 @@ def compile_artifact(artifact: Artifact, target: Target | None = None) -> Path:
     """
     chosen = target or host_target()
     try:
-        return build_library(emit_model(artifact, chosen.isa), chosen)
+        return build_library(generate(artifact, chosen.isa), chosen)
     except CompileError:
         if target is not None or chosen.isa != "amx" or os.environ.get("FLASHLITE_ISA"):
             raise
     # A compiler older than the CPU: tiles came with gcc 11 and clang 12.
     older = host_target("avx512")
-    return build_library(emit_model(artifact, older.isa), older)
+    return build_library(generate(artifact, older.isa), older)
 
 
 def artifact_path(pulled: Pulled, preset: str) -> Path:

@@ -80,6 +80,11 @@ FL_EMU __m512 emulate_fmadd_ps(__m512 a, __m512 b, __m512 c) {
                      _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
 }
 
+FL_EMU __m512 emulate_fnmadd_ps(__m512 a, __m512 b, __m512 c) {
+    return (__m512){{_mm256_fnmadd_ps(a.half[0], b.half[0], c.half[0]),
+                     _mm256_fnmadd_ps(a.half[1], b.half[1], c.half[1])}};
+}
+
 FL_EMU __m512 emulate_cvtph_ps(__m256i a) {
     return (__m512){{_mm256_cvtph_ps(_mm256_castsi256_si128(a)),
                      _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}};
@@ -315,6 +320,7 @@ FL_EMU __m128i emulate_cvtsepi32_epi8(__m512i a) {
 #define _mm512_div_ps emulate_div_ps
 #define _mm512_dpbusd_epi32 emulate_dpbusd_epi32
 #define _mm512_fmadd_ps emulate_fmadd_ps
+#define _mm512_fnmadd_ps emulate_fnmadd_ps
 #define _mm512_loadu_ps emulate_loadu_ps
 #define _mm512_loadu_si512 emulate_loadu_si512
 #define _mm512_mask_max_ps emulate_mask_max_ps

@@ -65,6 +65,8 @@ void fz_attend(fz_input *in);
 void fz_rmsnorm(fz_input *in);
 void fz_silu_mul(fz_input *in);
 void fz_gelu_mul(fz_input *in);
+void fz_layernorm(fz_input *in);
+void fz_gelu_erf(fz_input *in);
 void fz_sample(fz_input *in);
 void fz_open_engine(fz_input *in);
 void fz_pages(fz_input *in);

@@ -1,4 +1,4 @@
-/* Kernels of whole rows of floats: rmsnorm, silu_mul, gelu_mul. */
+/* Kernels of whole rows of floats: norms, gated and plain activations. */
 #include <string.h>
 
 #include "fuzz.h"
@@ -23,6 +23,18 @@ static void gelu_mul(const fl_kernels *k, float *y, const float *a, const float 
     k->gelu_mul(y, a, b, n);
 }
 
+static void gelu_erf(const fl_kernels *k, float *y, const float *a, const float *b, int32_t n,
+                     float eps) {
+    (void)b, (void)eps;
+    k->gelu_erf(y, a, n);
+}
+
+/* The one row of weights is that of biases too. */
+static void layernorm(const fl_kernels *k, float *y, const float *a, const float *b, int32_t n,
+                      float eps) {
+    k->layernorm(y, a, b, b, n, eps);
+}
+
 static void fuzz_row(fz_input *in, const char *what, row_kernel *call) {
     static const float epsilons[] = {1e-5f, 1e-6f, 0.0f, 1.0f};
     size_t n = 1 + fz_below(in, fz_below(in, 4) ? 40 : 200);
@@ -42,3 +54,5 @@ static void fuzz_row(fz_input *in, const char *what, row_kernel *call) {
 void fz_rmsnorm(fz_input *in) { fuzz_row(in, "rmsnorm", rmsnorm); }
 void fz_silu_mul(fz_input *in) { fuzz_row(in, "silu_mul", silu_mul); }
 void fz_gelu_mul(fz_input *in) { fuzz_row(in, "gelu_mul", gelu_mul); }
+void fz_layernorm(fz_input *in) { fuzz_row(in, "layernorm", layernorm); }
+void fz_gelu_erf(fz_input *in) { fuzz_row(in, "gelu_erf", gelu_erf); }
