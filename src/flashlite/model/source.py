@@ -17,7 +17,7 @@ from flashlite.checkpoint.base import Checkpoint
 from flashlite.errors import CheckpointError, UnsupportedModel
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["Source", "SourceModel", "connect"]
+__all__ = ["Source", "SourceModel", "connect", "stored_name"]
 
 T = TypeVar("T", bound=np.generic)
 
@@ -95,7 +95,7 @@ def connect(
     heads = {"q": spec.n_heads, "k": spec.n_kv_heads} if interleaved else {}
     sources: dict[str, Source] = {}
     for canonical, shape in spec.shapes():
-        name, kind = _stored_name(canonical, names)
+        name, kind = stored_name(canonical, names)
         if name not in checkpoint.tensors:
             raise CheckpointError(
                 f"tensor {name} is missing, {spec.family} needs it for {canonical}",
@@ -112,8 +112,13 @@ def connect(
     return SourceModel(spec, checkpoint, sources)
 
 
-def _stored_name(canonical: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """The name in the file, and the canonical name without its layer."""
+def stored_name(canonical: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """The name in the file of a canonical tensor, and the canonical name without its layer.
+
+    Args:
+        canonical: for example `layers.0.q`.
+        names: as for `connect`.
+    """
     if not canonical.startswith("layers."):
         return names[canonical], canonical
     _, layer, kind = canonical.split(".")
