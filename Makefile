@@ -93,12 +93,12 @@ clean: ## remove everything make made here (pulled models and builds in your hom
 
 .venv/.dev: $(PINS) | .venv/bin/python
 	@echo "installing flashlite and its development tools into .venv"
-	@$(PIP) -e '.[serve,dev,bench]'
+	@$(PIP) -e '.[serve,dev,bench,h5]'
 	@touch $@ .venv/.run
 
 .venv/.oracle: $(PINS) | .venv/.dev
 	@echo "installing the reference implementations and zig into .venv"
-	@$(PIP) -e '.[serve,dev,bench,oracle,compiler]'
+	@$(PIP) -e '.[serve,dev,bench,h5,oracle,compiler]'
 	@touch $@
 
 .venv/.bench: $(PINS) | .venv/bin/python

@@ -103,7 +103,7 @@ def test_a_folder_of_pickles_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89HDF\r\n\x1a\n" + bytes(9), bytes(64)])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(9), bytes(64)])
 def test_anything_else_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model").write_bytes(content)
     with pytest.raises(CheckpointError, match="is not a model flashlite can read.*allowed a GGUF"):

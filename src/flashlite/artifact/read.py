@@ -301,7 +301,7 @@ def _private_memory(size: int) -> mmap.mmap:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
         raise ArtifactError(
-            f"the system refused {size} bytes for the weights ({error}); raise max_mem or free memory"
+            f"the system refused {size} bytes for the weights: {error}; raise max_mem"
         ) from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them

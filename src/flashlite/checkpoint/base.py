@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,10 +27,14 @@ class Checkpoint:
     """A pretrained model on disk, its directory of tensors checked, its data unread."""
 
     path: Path
-    format: Literal["gguf", "safetensors"]
+    format: Literal["gguf", "safetensors", "hdf5"]
     architecture: str  # "llama", "gemma3", "qwen2", "qwen3", "bert"
-    metadata: Mapping[str, object]  # GGUF: its keys. safetensors: config.json
+    metadata: Mapping[str, object]  # GGUF: its keys. safetensors: config.json. HDF5: see hdf5.py
     tensors: Mapping[str, TensorInfo]
+    read: Callable[[TensorInfo], NDArray[np.uint8]] = field(
+        default=blocks.read_bytes, repr=False, compare=False
+    )  # the bytes of one of `tensors`; HDF5 may store them in compressed chunks
+    like: Checkpoint | None = None  # HDF5: a model of the same shape, which describes this one
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """Read the bytes of one tensor.
@@ -38,7 +42,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or the file has become shorter.
         """
-        return blocks.read_bytes(self.info(name))
+        return self.read(self.info(name))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Read one tensor as float32, in its own shape.
@@ -47,7 +51,7 @@ class Checkpoint:
             CheckpointError: as `raw`, or a value is not finite.
         """
         info = self.info(name)
-        return blocks.dequantize(info, blocks.read_bytes(info))
+        return blocks.dequantize(info, self.read(info))
 
     def chunks(self, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Read one tensor some rows at a time: `(first row, float32 (rows, cols))`, in order.
@@ -56,7 +60,7 @@ class Checkpoint:
             CheckpointError: as `tensor`.
         """
         info = self.info(name)
-        return blocks.chunks(info, blocks.read_bytes(info))
+        return blocks.chunks(info, self.read(info))
 
     def grid(self, name: str) -> Grid:
         """Read the integer grid of a Q4_0, Q4_1 or Q8_0 tensor, bit for bit.
@@ -66,7 +70,7 @@ class Checkpoint:
             UnsupportedModel: the tensor has another format.
         """
         info = self.info(name)
-        return blocks.grid(info, blocks.read_bytes(info))
+        return blocks.grid(info, self.read(info))
 
     def info(self, name: str) -> TensorInfo:
         """The directory entry of one tensor.

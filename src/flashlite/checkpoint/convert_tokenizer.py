@@ -1,8 +1,8 @@
 """A model's vocabulary to the files that `Tokenizer` loads.
 
     GGUF metadata ──┐
-                    ├──> build_tokenizer ──> TokenizerFiles
-    HF folder ──────┘
+    HF folder ──────┼──> build_tokenizer ──> TokenizerFiles
+    HDF5 texts ─────┘
 
 Vocabularies and templates come from strangers, and the `tokenizers` library may panic, hang or eat
 memory on them. `build_tokenizer_checked` therefore builds and tries them out in a child process
@@ -24,6 +24,7 @@ from flashlite.checkpoint.base import Checkpoint
 from flashlite.checkpoint.chat import ChatTemplate, harmless
 from flashlite.checkpoint.folder_tokenizer import folder_tokenizer
 from flashlite.checkpoint.gguf_tokenizer import gguf_tokenizer
+from flashlite.checkpoint.hdf5_texts import hdf5_texts, tokenizer_from_texts
 from flashlite.checkpoint.tokenizer import (
     SpecialTokens,
     Tokenizer,
@@ -32,7 +33,7 @@ from flashlite.checkpoint.tokenizer import (
 )
 from flashlite.errors import TemplateError, TokenizerError
 
-__all__ = ["build_tokenizer", "build_tokenizer_checked", "check_round_trip"]
+__all__ = ["build_tokenizer", "build_tokenizer_checked", "check_round_trip", "check_template"]
 
 _MAX_REPLY = 1 << 28  # bytes of the child's answer
 
@@ -47,8 +48,12 @@ def build_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
         TokenizerError: the vocabulary is missing, malformed, of an unknown kind or too large.
         TemplateError: the chat template is refused, or fails on a plain conversation.
     """
+    if checkpoint.like is not None:
+        return build_tokenizer(checkpoint.like)
+    if checkpoint.format == "hdf5":
+        return check_template(tokenizer_from_texts(hdf5_texts(checkpoint)))
     build = gguf_tokenizer if checkpoint.format == "gguf" else folder_tokenizer
-    return _check_template(build(checkpoint))
+    return check_template(build(checkpoint))
 
 
 def build_tokenizer_checked(checkpoint: Checkpoint, *, timeout: float = 120.0) -> TokenizerFiles:
@@ -62,8 +67,12 @@ def build_tokenizer_checked(checkpoint: Checkpoint, *, timeout: float = 120.0) -
         TokenizerError: as `build_tokenizer`; or the child took too long, too much memory, or died.
         TemplateError: as `build_tokenizer`.
     """
+    if checkpoint.like is not None:
+        checkpoint = checkpoint.like
+    texts = hdf5_texts(checkpoint) if checkpoint.format == "hdf5" else None
     job = {
         "path": str(checkpoint.path),
+        "texts": texts,
         "format": checkpoint.format,
         "architecture": checkpoint.architecture,
         "metadata": {
@@ -145,7 +154,7 @@ def _plain(value: object) -> Any:
     return tolist() if callable(tolist) else value
 
 
-def _check_template(files: TokenizerFiles) -> TokenizerFiles:
+def check_template(files: TokenizerFiles) -> TokenizerFiles:
     """Try the chat template; tokens it spells in its own text become control tokens."""
     if files.chat_template is None:
         return files

@@ -2,7 +2,7 @@
 
     smollm2-135m-instruct    a known model: see known_models.py
     hf:ORG/NAME[@REVISION]   a repository of a model hub; [:FILE.gguf] chooses among several
-    PATH                     a GGUF file, a safetensors file or a folder, used where it is
+    PATH                     a GGUF, safetensors or HDF5 file or a folder, used where it is
 
 Fetched models live in `paths.models_dir()`, one folder each, beside a note of what was checked:
 a later pull looks at sizes and times only and needs no network.
@@ -175,7 +175,7 @@ def _local(name: str) -> Pulled:
             licence_url=None,
             sha256=None,
         )
-    if _NAME.fullmatch(name) and not name.endswith((".gguf", ".safetensors", ".fl")):
+    if _NAME.fullmatch(name) and not name.endswith((".gguf", ".safetensors", ".h5", ".fl")):
         close = difflib.get_close_matches(name, KNOWN_MODELS, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         known = ", ".join(KNOWN_MODELS)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flashlite.checkpoint.base import Checkpoint
-from flashlite.checkpoint.convert_tokenizer import build_tokenizer, check_round_trip
+from flashlite.checkpoint.convert_tokenizer import build_tokenizer, check_round_trip, check_template
+from flashlite.checkpoint.hdf5_texts import tokenizer_from_texts
 from flashlite.errors import FlashliteError, TemplateError
 
 __all__ = ["main"]
@@ -41,7 +42,10 @@ def _reply(job: dict[str, Any]) -> dict[str, Any]:
         tensors={},
     )
     try:
-        files = build_tokenizer(checkpoint)
+        if (texts := job.get("texts")) is not None:
+            files = check_template(tokenizer_from_texts(texts))
+        else:
+            files = build_tokenizer(checkpoint)
         check_round_trip(files, exact=checkpoint.format == "gguf")
     except FlashliteError as error:
         kind = "TemplateError" if isinstance(error, TemplateError) else "TokenizerError"

@@ -17,7 +17,7 @@ from flashlite.runtime.memory import MemoryPlan, format_size, parse_size
 
 __all__ = ["command"]
 
-_EXTRAS = {"serve": "starlette", "compiler": "ziglang", "hub": "huggingface_hub"}
+_EXTRAS = {"serve": "starlette", "compiler": "ziglang", "h5": "h5py", "hub": "huggingface_hub"}
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flashlite.cli import output
+from flashlite.cli import options, output
 from flashlite.runtime.memory import format_size
 
 if TYPE_CHECKING:
@@ -22,19 +22,20 @@ __all__ = ["command"]
 @click.command()
 @click.argument("model")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@options.like_option
 @output.json_option
-def command(model: str, tensors: bool, as_json: bool) -> None:
+def command(model: str, tensors: bool, like: str | None, as_json: bool) -> None:
     """Show what MODEL holds: its shape, its tensors, its licence.
 
-    MODEL is a pulled model's name, a GGUF file, a safetensors folder or an artifact. Nothing is
-    fetched and no weight is read.
+    MODEL is a pulled model's name, a GGUF file, a safetensors folder, an HDF5 file or an artifact.
+    Nothing is fetched and no weight is read.
 
     \b
     Examples:
       flashlite inspect smollm2-135m-instruct
       flashlite inspect ./model.gguf --tensors
     """
-    found = _artifact(Path(model)) if _is_artifact(model) else _checkpoint(model)
+    found = _artifact(Path(model)) if _is_artifact(model) else _checkpoint(model, like)
     listed = found.pop("tensors")
     kinds = _kinds(listed)
     if as_json:
@@ -88,25 +89,25 @@ def _split_head(artifact: Artifact) -> str | None:
     return f"{of_all} estimate every logit, {format_size(artifact.screen_bytes)}"
 
 
-def _checkpoint(model: str) -> dict[str, Any]:
+def _checkpoint(model: str, like: str | None) -> dict[str, Any]:
     from flashlite.checkpoint.open import open_checkpoint
     from flashlite.checkpoint.pull import resolve_model
     from flashlite.errors import UnsupportedModel
     from flashlite.model.families import describe_any
 
     pulled = resolve_model(model)
-    checkpoint = open_checkpoint(pulled.path)
+    checkpoint = open_checkpoint(pulled.path, like=like)
     try:
         shape = _spec(describe_any(checkpoint).spec)
     except UnsupportedModel as error:
         # It can be looked at all the same; that it cannot be run is said.
-        shape = {"architecture": checkpoint.architecture, "runs": f"no: {error}"}
+        shape = {"architecture": checkpoint.architecture or None, "runs": f"no: {error}"}
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         **shape,
         "chat_template": _has_template(checkpoint),
-        "licence": pulled.licence or checkpoint.metadata.get("general.license"),
+        "licence": pulled.licence or checkpoint.metadata.get("general.license") or None,
         "sha256": pulled.sha256,
         "bytes": sum(file.stat().st_size for file in {t.file for t in checkpoint.tensors.values()}),
         "tensors": [
@@ -147,6 +148,8 @@ def _spec(spec: Spec) -> dict[str, Any]:
 
 
 def _has_template(checkpoint: Checkpoint) -> bool:
+    if checkpoint.like is not None:
+        return _has_template(checkpoint.like)
     if checkpoint.metadata.get("tokenizer.chat_template"):
         return True
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent

@@ -20,12 +20,13 @@ from flashlite.errors import FlashliteError
 
 __all__ = ["VERBS", "main", "quantize", "validate"]
 
-# Every verb with its line of help. `flashlite.cli.VERB` is imported when it is used: `--help`
+# Every verb with its line of help. Its module (a dash is `_`) is imported when it is used: `--help`
 # and a mistyped verb stay quick.
 VERBS = {
     "pull": "Fetch a pretrained model.",
     "inspect": "Show what a model, a file or an artifact holds.",
     "quantize": "Compress a model into an artifact.",
+    "export-h5": "Write a model's weights in FP32 into an HDF5 file.",
     "validate": "Prove what an artifact lost against its source.",
     "compile": "Generate C for an artifact and build its library.",
     "run": "Complete a text.",
@@ -44,7 +45,9 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command: click.Command = import_module(f"flashlite.cli.{cmd_name}").command
+        command: click.Command = import_module(
+            f"flashlite.cli.{cmd_name.replace('-', '_')}"
+        ).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "generate",
+    "like_option",
     "load_model",
     "peak_memory",
     "running",
@@ -27,6 +28,13 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+like_option = click.option(
+    "--like",
+    metavar="MODEL",
+    help="For an HDF5 file of weights alone: a model of the same shape, whose description, "
+    "tokenizer and chat template it takes.",
+)
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("max_tokens", int, "Stop after this many tokens.  [default: 512]"),

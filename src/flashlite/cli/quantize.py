@@ -34,6 +34,7 @@ __all__ = ["command"]
 @click.option("--offline", is_flag=True, help="Use only what is on this machine.")
 @click.option("--accept-license", is_flag=True, help="For models whose licence asks for it.")
 @click.option("--max-mem", metavar="SIZE", help="Fail beyond 2GB, 1.5GiB, 500MB ...")
+@options.like_option
 @output.json_option
 def command(
     model: str,
@@ -44,16 +45,19 @@ def command(
     offline: bool,
     accept_license: bool,
     max_mem: str | None,
+    like: str | None,
     as_json: bool,
 ) -> None:
     """Quantize MODEL into an artifact, a directory NAME.fl.
 
-    MODEL is a known name, hf:ORG/NAME, or the path of a GGUF file or a safetensors folder.
+    MODEL is a known name, hf:ORG/NAME, or the path of a GGUF file, a safetensors folder or an HDF5
+    file.
 
     \b
     Examples:
       flashlite quantize smollm2-135m-instruct
       flashlite quantize ./model.gguf --preset q4 -o model-q4.fl
+      flashlite quantize ./weights.h5 --like smollm2-135m-instruct -o weights.fl
     """
     from flashlite.checkpoint.pull import pull
     from flashlite.model.spec import ModelSpec
@@ -68,7 +72,9 @@ def command(
             raise UsageError(
                 f"{target} is there already; give --force to replace it, or another -o"
             )
-        artifact = prepare.make_artifact(pulled, preset, target, head=split_head, progress=progress)
+        artifact = prepare.make_artifact(
+            pulled, preset, target, head=split_head, like=like, progress=progress
+        )
     screen = artifact.plan.screen
     figures = {
         "artifact": str(artifact.path),

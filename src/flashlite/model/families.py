@@ -10,6 +10,7 @@ from flashlite.model.bert import describe_encoder
 from flashlite.model.family import GGUF_NAMES, Family
 from flashlite.model.fields import Fields
 from flashlite.model.gemma3 import GEMMA3
+from flashlite.model.hdf5 import describe_like, describe_own
 from flashlite.model.llama import LLAMA
 from flashlite.model.qwen2 import QWEN2
 from flashlite.model.qwen3 import QWEN3
@@ -29,6 +30,11 @@ def describe(checkpoint: Checkpoint) -> SourceModel:
         UnsupportedModel: an architecture, or a tensor of it, that flashlite does not run.
         CheckpointError: metadata or tensors that are missing, of the wrong type, shape or range.
     """
+    if checkpoint.like is not None:
+        spec = describe(checkpoint.like).spec
+        return describe_like(checkpoint, spec, FAMILIES[spec.family])
+    if checkpoint.format == "hdf5":
+        return describe_own(checkpoint)
     family = _family(checkpoint)
     gguf = checkpoint.format == "gguf"
     prefix = f"{checkpoint.architecture}." if gguf else ""

@@ -18,7 +18,15 @@ from flashlite.errors import CheckpointError, UnsupportedModel
 from flashlite.model.encoder import EncoderSpec, Spec
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["EncoderSource", "Source", "SourceModel", "SourceTensors", "connect", "connect_encoder"]
+__all__ = [
+    "EncoderSource",
+    "Source",
+    "SourceModel",
+    "SourceTensors",
+    "connect",
+    "connect_encoder",
+    "stored_name",
+]
 
 T = TypeVar("T", bound=np.generic)
 
@@ -144,7 +152,7 @@ def _find(
     """Where each tensor of `spec.shapes()` lies."""
     sources: dict[str, Source] = {}
     for canonical, shape in spec.shapes():
-        name, kind = _stored_name(canonical, names)
+        name, kind = stored_name(canonical, names)
         if name not in checkpoint.tensors:
             raise CheckpointError(
                 f"tensor {name} is missing, {spec.family} needs it for {canonical}",
@@ -160,8 +168,13 @@ def _find(
     return sources
 
 
-def _stored_name(canonical: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """The name in the file, and the canonical name without its layer."""
+def stored_name(canonical: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """The name in the file of a canonical tensor, and the canonical name without its layer.
+
+    Args:
+        canonical: for example `layers.0.q`.
+        names: as for `connect`.
+    """
     if not canonical.startswith("layers."):
         return names[canonical], canonical
     _, layer, kind = canonical.split(".")

@@ -87,12 +87,14 @@ def make_artifact(
     directory: Path,
     *,
     head: str = "auto",
+    like: str | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Quantize a pulled checkpoint into `directory`; it appears whole or not at all.
 
     Args:
         head: `split_head`'s mode.
+        like: for an HDF5 file of weights alone, a model of the same shape; see `open_checkpoint`.
 
     Raises:
         FlashliteError: the checkpoint, its tokenizer or the disk is at fault.
@@ -104,7 +106,7 @@ def make_artifact(
     from flashlite.model.families import describe_any
     from flashlite.model.source import EncoderSource
 
-    checkpoint = open_checkpoint(pulled.path)
+    checkpoint = open_checkpoint(pulled.path, like=like)
     source = describe_any(checkpoint)
     tokenizer = build_tokenizer_checked(checkpoint)
     artifact = quantize(
