@@ -68,6 +68,10 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         assert line in shown
 
 
+def module_of(verb: str) -> ModuleType:
+    return import_module(f"flashlite.cli.{verb.replace('-', '_')}")
+
+
 @pytest.mark.parametrize("verb", list(main.VERBS))
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(
@@ -256,7 +260,7 @@ def test_errors_and_help_come_in_spanish(
 def test_the_help_of_every_verb_is_spanish_throughout(
     verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = import_module(f"flashlite.cli.{verb.replace('-', '_')}").command
+    command = module_of(verb).command
     options = (param for param in command.params if isinstance(param, click.Option))
     texts = [(option.help or "").partition("  [")[0] for option in options]
     texts += [part for part in command.help.split("\n\n") if not part.startswith("\b")]
