@@ -20,7 +20,7 @@ __all__ = ["command"]
     type=click.Choice(["import", "hybrid", "q8", "q6", "q5", "q4"]),
     default="import",
     show_default=True,
-    help="import keeps 4- and 8-bit grids bit for bit; hybrid: FP16 embeddings, INT8 layers.",
+    help="import keeps 4-, 5- and 8-bit grids bit for bit; hybrid: FP16 embeddings, INT8 layers.",
 )
 @click.option(
     "--split-head",
