@@ -35,10 +35,11 @@ from flashlite.artifact.format import (
 from flashlite.artifact.read import load_texts, load_weights, open_artifact
 from flashlite.artifact.staging import staged
 from flashlite.checkpoint.tokenizer import TokenizerFiles
+from flashlite.compress.pack import Quantized, pack
 from flashlite.compress.plan import Plan, plan_preset, stored_shapes
 from flashlite.compress.screen import SCREEN
 from flashlite.compress.split_head import Fitted
-from flashlite.compress.tensors import compress_tensor
+from flashlite.compress.tensors import compress_tensor, packed_arrays
 from flashlite.errors import ArtifactError
 from flashlite.model.source import SourceModel
 from flashlite.model.spec import ModelSpec
@@ -57,6 +58,8 @@ def quantize(
     *,
     name: str,
     provenance: Mapping[str, str],
+    plan: Plan | None = None,
+    ready: Mapping[str, Quantized | NDArray[np.float32]] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Quantize a described checkpoint into an artifact.
@@ -68,6 +71,8 @@ def quantize(
         preset: `import`, `hybrid`, `q8` or `q4`.
         name: the model's name, 1 to 64 of a-z, 0-9, dot, dash, underscore.
         provenance: `source`, `sha256` and `licence` of the weights.
+        plan: the format of every tensor, instead of the preset's.
+        ready: tensors that are quantized already (vectors: as floats), by stored name.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -75,16 +80,23 @@ def quantize(
         CheckpointError: the source cannot be read.
         ArtifactError: the folder cannot be written; nothing is left behind.
     """
-    plan = plan_preset(preset, source)
+    chosen = plan_preset(preset, source) if plan is None else plan
+    made = ready or {}
 
     def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
-        for stored in stored_shapes(source.spec, plan):
-            yield from compress_tensor(source, stored, plan.formats[stored]).items()
+        for stored in stored_shapes(source.spec, chosen):
+            matrix = made.get(stored)
+            if matrix is None:
+                yield from compress_tensor(source, stored, chosen.formats[stored]).items()
+            elif isinstance(matrix, Quantized):
+                yield from packed_arrays(stored, pack(matrix)).items()
+            else:
+                yield stored, matrix
 
     return write_artifact(
         directory,
         source.spec,
-        plan,
+        chosen,
         tokenizer,
         arrays(),
         name=name,

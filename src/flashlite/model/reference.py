@@ -78,8 +78,8 @@ class Reference:
 
     def layer(self, i: int, x: Floats) -> Floats:
         """The residual after layer `i`, given the one before it: both (positions, d_model)."""
-        x = x + self._attention(i, x)
-        return x + self._mlp(i, x)
+        x = x + self.attention(i, x)
+        return x + self.mlp(i, x)
 
     def final_norm(self, x: Floats) -> Floats:
         """What the head reads, given the residual after the last layer."""
@@ -90,7 +90,8 @@ class Reference:
         logits: Floats = hidden @ self._weight("embed" if self.spec.tied_head else "head").T
         return logits
 
-    def _attention(self, i: int, x: Floats) -> Floats:
+    def attention(self, i: int, x: Floats) -> Floats:
+        """What the attention of layer `i` adds to the residual `x`."""
         spec, layer = self.spec, f"layers.{i}."
         cos, sin = rope_tables(spec, np.arange(len(x)), spec.slides(i))
         x = self._norm(layer + "attn_norm", x)
@@ -115,7 +116,8 @@ class Reference:
         by_head: Floats = y.reshape(len(x), -1, self.spec.head_dim).swapaxes(0, 1)
         return by_head
 
-    def _mlp(self, i: int, x: Floats) -> Floats:
+    def mlp(self, i: int, x: Floats) -> Floats:
+        """What the MLP of layer `i` adds to the residual `x`."""
         spec, layer = self.spec, f"layers.{i}."
         x = self._norm(layer + "ffn_norm", x)
         gate, up = (self._linear(layer + name, x) for name in ("gate", "up"))

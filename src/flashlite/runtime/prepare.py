@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
@@ -27,8 +29,17 @@ from flashlite.errors import (
     UsageError,
 )
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from flashlite.compress.pack import Quantized
+    from flashlite.compress.plan import Plan
+    from flashlite.model.source import SourceModel
+
 __all__ = [
     "DEFAULT_MODEL",
+    "Decided",
     "SPLIT_HEAD",
     "Progress",
     "artifact_path",
@@ -43,6 +54,15 @@ SPLIT_HEAD = ("auto", "off", "on")
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something long runs."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A model's plan and the tensors that are quantized already."""
+
+    source: SourceModel
+    plan: Plan
+    ready: Mapping[str, Quantized | NDArray[np.float32]]
 
 
 def find_artifact(
@@ -85,12 +105,14 @@ def make_artifact(
     directory: Path,
     *,
     head: str = "auto",
+    decided: Decided | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Quantize a pulled checkpoint into `directory`; it appears whole or not at all.
 
     Args:
         head: `split_head`'s mode.
+        decided: formats and matrices found beforehand, instead of the preset's.
 
     Raises:
         FlashliteError: the checkpoint, its tokenizer or the disk is at fault.
@@ -102,7 +124,7 @@ def make_artifact(
     from flashlite.model.families import describe
 
     checkpoint = open_checkpoint(pulled.path)
-    source = describe(checkpoint)
+    source = describe(checkpoint) if decided is None else decided.source
     tokenizer = build_tokenizer_checked(checkpoint)
     artifact = quantize(
         source,
@@ -115,6 +137,8 @@ def make_artifact(
             "sha256": pulled.sha256 or _sha256(pulled.path),
             "licence": pulled.licence or "",
         },
+        plan=None if decided is None else decided.plan,
+        ready=None if decided is None else decided.ready,
         progress=_stage(progress, "quantize"),
     )
     return split_head(artifact, head, progress=progress)

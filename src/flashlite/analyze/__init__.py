@@ -1,0 +1,1 @@
+"""Measure a model: what each of its parts may lose."""

@@ -1,0 +1,319 @@
+"""Differential quantization: from an analysis and a goal to the matrices that an artifact stores.
+
+    Analysis + Goal -> items -> allocation -> (polish with the true KL) -> GPTQ, layer by layer
+
+A goal is one of: bytes on disk, bytes of memory, seconds of a decode step, or nats lost. What the
+artifact, the runtime and the machine add to the units' own costs comes as a number from outside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashlite.compress.allocate import Choice, Item, Point, allocate, hull
+from flashlite.compress.gptq import weights_of
+from flashlite.compress.pack import BLOCK_ROWS, CODE_BYTES, blocks_of, groups_of
+from flashlite.compress.plan import PACKED, Format, Plan
+from flashlite.compress.quantize import CODES, quantize_matrix
+from flashlite.errors import CompressError
+from flashlite.model.reference import Floats
+from flashlite.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from flashlite.analyze.analysis import Analysis
+
+__all__ = [
+    "Goal",
+    "Polished",
+    "Swap",
+    "check_units",
+    "items_of",
+    "plan_of",
+    "polish",
+    "split_sequences",
+    "stored_bytes",
+    "unit_of",
+]
+
+Weights = Callable[[str], Floats]
+Measure = Callable[[Weights], float]
+UnitCost = Callable[[str, str], float]
+"""Seconds (or bytes) of one unit in one format."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the result must keep within: `size` and `ram` in bytes, `latency` in seconds of one
+    decode step, `kl` in nats per token.
+    """
+
+    kind: Literal["size", "ram", "latency", "kl"]
+    value: float
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One change of an allocation that was measured."""
+
+    up: str
+    down: str
+    kl: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Polished:
+    """An allocation after trying swaps, and all that were tried."""
+
+    formats: Mapping[str, str]
+    kl: float
+    before: float
+    swaps: Sequence[Swap]
+
+
+def stored_bytes(shape: tuple[int, int], fmt: str) -> int:
+    """What a matrix takes in the artifact, padding to whole blocks included."""
+    if fmt == "f16":
+        return 2 * shape[0] * shape[1]
+    scales = 2 * BLOCK_ROWS * (2 if CODES[fmt].minimum else 1)
+    return blocks_of(shape[0]) * groups_of(shape[1]) * (CODE_BYTES[fmt] + scales)
+
+
+def check_units(analysis: Analysis, spec: ModelSpec) -> None:
+    """Refuse an analysis that is not one of this model.
+
+    Raises:
+        CompressError: it names a tensor that does not exist, leaves one out, names one twice, or
+            counts other bytes than its shape gives; the tensor is named.
+    """
+    shapes = {name: shape for name, shape in spec.shapes() if len(shape) == 2}
+    seen: set[str] = set()
+    for unit in analysis.units:
+        for name in unit.tensors:
+            if name not in shapes:
+                raise CompressError(
+                    f"the config's unit {unit.name} names tensor {name[:60]!r}, which the model "
+                    "does not have; analyze this model, or name the one it belongs to (--model)"
+                )
+            if name in seen:
+                raise CompressError(f"the config names tensor {name} in two units")
+            seen.add(name)
+        size = sum(shapes[name][0] * shapes[name][1] for name in unit.tensors)
+        if unit.parameters != size:
+            raise CompressError(
+                f"the config counts {unit.parameters} parameters in unit {unit.name}, this model "
+                f"has {size}: it was made for other shapes; analyze this model"
+            )
+    if missing := [name for name in shapes if name not in seen]:
+        raise CompressError(f"the config has no unit for tensor {missing[0]}; analyze again")
+
+
+def items_of(
+    analysis: Analysis,
+    spec: ModelSpec,
+    *,
+    cost: UnitCost | None = None,
+    forced: Mapping[str, str] | None = None,
+    factor: Mapping[str, float] | None = None,
+) -> list[Item]:
+    """What the knapsack chooses from.
+
+    Args:
+        analysis: of this model.
+        spec: the model.
+        cost: of a unit in a format; None: its bytes in the artifact.
+        forced: units whose format is decided already.
+        factor: how much of a format's loss remains after better rounding, by format.
+    """
+    shapes = {name: shape for name, shape in spec.shapes() if len(shape) == 2}
+    forced = forced or {}
+    found = []
+    for unit in analysis.units:
+        choices = []
+        for fmt, entry in unit.formats.items():
+            if fmt not in PACKED or forced.get(unit.name, fmt) != fmt:
+                continue
+            if cost is None:
+                price = float(
+                    sum(stored_bytes((shapes[n][0], shapes[n][1]), fmt) for n in unit.tensors)
+                )
+            else:
+                price = cost(unit.name, fmt)
+            remaining = 1.0 if factor is None else factor.get(fmt, 1.0)
+            choices.append(Choice(fmt, price, max(0.0, entry.kl) * remaining))
+        if not choices:
+            wanted = forced.get(unit.name)
+            raise CompressError(
+                f"unit {unit.name} has no measured format"
+                + (f" {wanted}" if wanted else "")
+                + "; analyze it with that format"
+            )
+        found.append(Item(unit.name, tuple(choices)))
+    return found
+
+
+def unit_of(analysis: Analysis) -> dict[str, str]:
+    """The unit of every tensor."""
+    return {name: unit.name for unit in analysis.units for name in unit.tensors}
+
+
+def plan_of(
+    analysis: Analysis,
+    spec: ModelSpec,
+    formats: Mapping[str, str],
+    *,
+    preset: str,
+    embed: str | None = None,
+) -> Plan:
+    """The plan of an allocation.
+
+    Args:
+        formats: by unit.
+        preset: the name it is known by.
+        embed: stores the look-up table in another format than the head; f16 keeps both.
+    """
+    units = unit_of(analysis)
+    chosen: dict[str, Format] = {}
+    for name, shape in spec.shapes():
+        chosen[name] = "f32" if len(shape) == 1 else _format(formats[units[name]])
+    if embed is not None and embed != chosen["embed"]:
+        if spec.tied_head and embed == "f16":
+            chosen["head"] = chosen["embed"]
+        chosen["embed"] = _format(embed)
+    plan = Plan(preset, chosen)
+    plan.check(spec)
+    return plan
+
+
+def split_sequences(
+    sequences: Sequence[Sequence[int]], share: int = 8
+) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
+    """Sequences to fit to, and every `share`-th, at least one, held back to judge by.
+
+    Raises:
+        CompressError: there are fewer than two.
+    """
+    if len(sequences) < 2:
+        raise CompressError(
+            f"the config holds {len(sequences)} calibration sequences, at least 2 are needed: one "
+            "to fit to and one to judge by; analyze again with more text"
+        )
+    step = max(2, min(share, len(sequences)))
+    rows = [np.asarray(ids, np.int32) for ids in sequences]
+    held = [ids for at, ids in enumerate(rows) if at % step == step - 1]
+    return [ids for at, ids in enumerate(rows) if at % step != step - 1], held
+
+
+def polish(
+    analysis: Analysis,
+    items: Sequence[Item],
+    start: Point,
+    weights: Weights,
+    measure: Measure,
+    *,
+    swaps: int = 20,
+    seconds: float = 120.0,
+    clock: Callable[[], float] = time.monotonic,
+    progress: Callable[[int, int], None] | None = None,
+) -> Polished:
+    """Try the swaps that promise most, one unit a format up and another down at no more cost, and
+    keep those that lower the true KL.
+
+    Args:
+        analysis: names the tensors of each unit.
+        items: what was allocated from.
+        start: the allocation.
+        weights: of the source.
+        measure: true KL of a model with these weights.
+        swaps: tried at most.
+        seconds: after which no further one is tried.
+        progress: called with (tried, at most).
+    """
+    began = clock()
+    tensors = {unit.name: unit.tensors for unit in analysis.units}
+    made: dict[tuple[str, str], Floats] = {}
+
+    def stored(formats: Mapping[str, str]) -> Weights:
+        units = {name: unit for unit, names in tensors.items() for name in names}
+
+        def get(name: str) -> Floats:
+            if name not in units:
+                return weights(name)
+            key = (name, formats[units[name]])
+            if key not in made:
+                original = weights(name)
+                made[key] = weights_of(
+                    quantize_matrix(original, key[1], name=name), original.shape[1]
+                )
+            return made[key]
+
+        return get
+
+    formats = dict(start.formats)
+    before = best = measure(stored(formats))
+    tried: list[Swap] = []
+    spare = start.cost
+    cost = start.cost
+    for up, down in _swaps(items, formats):
+        if len(tried) >= swaps or clock() - began > seconds:
+            break
+        # An earlier swap may have moved one of the two.
+        if formats[up[0]] != up[1] or formats[down[0]] != down[1]:
+            continue
+        changed = cost + up[3] + down[3]
+        if changed > spare * (1 + 1e-9):
+            continue
+        candidate = {**formats, up[0]: up[2], down[0]: down[2]}
+        kl = measure(stored(candidate))
+        kept = kl < best
+        tried.append(Swap(f"{up[0]} {up[1]}->{up[2]}", f"{down[0]} {down[1]}->{down[2]}", kl, kept))
+        if kept:
+            formats, best, cost = candidate, kl, changed
+        for unit, _, fmt, _ in (up, down):
+            if formats[unit] != fmt:
+                for name in tensors[unit]:
+                    made.pop((name, fmt), None)
+        if progress is not None:
+            progress(len(tried), swaps)
+    return Polished(formats, best, before, tried)
+
+
+_Move = tuple[str, str, str, float]  # unit, format, format after, cost added
+
+
+def _swaps(items: Sequence[Item], formats: Mapping[str, str]) -> list[tuple[_Move, _Move]]:
+    """Pairs of moves that cost nothing together, those whose loss rises least first."""
+    ups: list[tuple[float, _Move]] = []
+    downs: list[tuple[float, _Move]] = []
+    for item in items:
+        offers = hull(item)
+        at = next((i for i, c in enumerate(offers) if c.format == formats[item.name]), None)
+        if at is None:
+            continue
+        here = offers[at]
+        for near, into in ((at + 1, ups), (at - 1, downs)):
+            if 0 <= near < len(offers):
+                there = offers[near]
+                move = (item.name, here.format, there.format, there.cost - here.cost)
+                into.append((there.kl - here.kl, move))
+    pairs = [
+        (gain + loss, up, down)
+        for gain, up in ups
+        for loss, down in downs
+        if up[0] != down[0] and up[3] + down[3] <= 0
+    ]
+    pairs.sort(key=lambda pair: pair[0])
+    return [(up, down) for _, up, down in pairs]
+
+
+def _format(name: str) -> Format:
+    for fmt in (*PACKED, "f16"):
+        if fmt == name:
+            return fmt  # type: ignore[return-value]
+    raise CompressError(f"there is no format {name[:20]!r}; choose one of {', '.join(PACKED)}, f16")
