@@ -32,9 +32,11 @@ from flashlite.artifact.format import (
     check_tokens,
     layout,
 )
+from flashlite.artifact.integrity import parse_json, read_small
 from flashlite.artifact.read import load_texts, load_weights, open_artifact
 from flashlite.artifact.staging import staged
 from flashlite.checkpoint.tokenizer import TokenizerFiles
+from flashlite.compress.normalize import Ready
 from flashlite.compress.pack import Quantized, pack
 from flashlite.compress.plan import Plan, plan_preset, stored_shapes
 from flashlite.compress.screen import SCREEN
@@ -44,7 +46,7 @@ from flashlite.errors import ArtifactError
 from flashlite.model.source import SourceModel
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["add_screen", "quantize", "write_artifact"]
+__all__ = ["add_screen", "measured_of", "quantize", "write_artifact"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of weights written, bytes in all)."""
@@ -59,7 +61,8 @@ def quantize(
     name: str,
     provenance: Mapping[str, str],
     plan: Plan | None = None,
-    ready: Mapping[str, Quantized | NDArray[np.float32]] | None = None,
+    ready: Ready | None = None,
+    measured: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Quantize a described checkpoint into an artifact.
@@ -73,6 +76,7 @@ def quantize(
         provenance: `source`, `sha256` and `licence` of the weights.
         plan: the format of every tensor, instead of the preset's.
         ready: tensors that are quantized already (vectors: as floats), by stored name.
+        measured: what is known of its quality, for the card.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -101,6 +105,7 @@ def quantize(
         arrays(),
         name=name,
         provenance=provenance,
+        measured=measured,
         progress=progress,
     )
 
@@ -130,6 +135,7 @@ def add_screen(artifact: Artifact, fitted: Fitted) -> Artifact:
         arrays(),
         name=artifact.name,
         provenance=artifact.provenance,
+        measured=measured_of(artifact),
     )
 
 
@@ -142,6 +148,7 @@ def write_artifact(
     *,
     name: str,
     provenance: Mapping[str, str],
+    measured: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Write an artifact from its arrays, which are taken one at a time.
@@ -154,6 +161,7 @@ def write_artifact(
         arrays: (stored name, array) in the order of `layout(spec, plan)`, padding left out.
         name: as `quantize`.
         provenance: as `quantize`.
+        measured: as `quantize`.
         progress: as `quantize`.
 
     Raises:
@@ -179,7 +187,7 @@ def write_artifact(
     texts = {
         CONFIG: _json(artifact.config()),
         TOKENIZER: tokenizer.tokenizer_json,
-        CARD: _json(_card(artifact)),
+        CARD: _json(_card(artifact, measured or {})),
     }
     if tokenizer.chat_template is not None:
         texts[TEMPLATE] = tokenizer.chat_template.encode()
@@ -247,7 +255,15 @@ def _manifest(version: int, files: Mapping[str, FileDigest], tensors: Mapping[st
     )
 
 
-def _card(artifact: Artifact) -> dict[str, Any]:
+def measured_of(artifact: Artifact) -> dict[str, Any]:
+    """What the card of an artifact says was measured, but of its split head."""
+    card = parse_json(read_small(artifact.path, CARD, artifact.manifest), artifact.path / CARD)
+    found = card.get("measured")
+    known = found if isinstance(found, dict) else {}
+    return {name: value for name, value in known.items() if name != "split_head"}
+
+
+def _card(artifact: Artifact, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What is known before anything is measured: sizes, and bits per weight."""
     formats: dict[str, dict[str, int]] = {}
     parameters = 0
@@ -274,7 +290,10 @@ def _card(artifact: Artifact) -> dict[str, Any]:
         "weights_bytes": artifact.weights_size,
         "bits_per_weight": round(8 * total / parameters, 3),
         "formats": formats,
-        "measured": {} if screen is None else {"split_head": dict(screen.measured)},
+        "measured": {
+            **measured,
+            **({} if screen is None else {"split_head": dict(screen.measured)}),
+        },
     }
 
 

@@ -83,7 +83,9 @@ def allocate(
     if spare >= widest or step == 0:
         return _point(items, [offer[-1] for offer in offers])
     # Costs that are no multiple of the step are rounded up: the budget is never exceeded.
-    extra = [_multiples([choice.cost - offer[0].cost for choice in offer], step) for offer in offers]
+    extra = [
+        _multiples([choice.cost - offer[0].cost for choice in offer], step) for offer in offers
+    ]
     states = min(math.floor(spare / step * (1 + 1e-12)), sum(int(e[-1]) for e in extra)) + 1
     table = np.zeros(states)
     taken = np.zeros((len(offers), states), np.int8)

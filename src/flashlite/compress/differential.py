@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashlite.compress.allocate import Choice, Item, Point, allocate, hull
-from flashlite.compress.gptq import weights_of
+from flashlite.compress.allocate import Choice, Item, Point, hull
 from flashlite.compress.pack import BLOCK_ROWS, CODE_BYTES, blocks_of, groups_of
 from flashlite.compress.plan import PACKED, Format, Plan
-from flashlite.compress.quantize import CODES, quantize_matrix
+from flashlite.compress.quantize import CODES
 from flashlite.errors import CompressError
-from flashlite.model.reference import Floats
 from flashlite.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -34,6 +32,8 @@ __all__ = [
     "Swap",
     "check_units",
     "items_of",
+    "migrate",
+    "neighbours",
     "plan_of",
     "polish",
     "split_sequences",
@@ -41,8 +41,6 @@ __all__ = [
     "unit_of",
 ]
 
-Weights = Callable[[str], Floats]
-Measure = Callable[[Weights], float]
 UnitCost = Callable[[str, str], float]
 """Seconds (or bytes) of one unit in one format."""
 
@@ -74,6 +72,7 @@ class Polished:
     formats: Mapping[str, str]
     kl: float
     before: float
+    cost: float
     swaps: Sequence[Swap]
 
 
@@ -120,7 +119,8 @@ def items_of(
     *,
     cost: UnitCost | None = None,
     forced: Mapping[str, str] | None = None,
-    factor: Mapping[str, float] | None = None,
+    gains: Mapping[tuple[str, str], float] | None = None,
+    only: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Item]:
     """What the knapsack chooses from.
 
@@ -129,7 +129,8 @@ def items_of(
         spec: the model.
         cost: of a unit in a format; None: its bytes in the artifact.
         forced: units whose format is decided already.
-        factor: how much of a format's loss remains after better rounding, by format.
+        gains: how much of its loss remains after better rounding, by unit and format.
+        only: the formats that each unit may have, by unit.
     """
     shapes = {name: shape for name, shape in spec.shapes() if len(shape) == 2}
     forced = forced or {}
@@ -139,13 +140,15 @@ def items_of(
         for fmt, entry in unit.formats.items():
             if fmt not in PACKED or forced.get(unit.name, fmt) != fmt:
                 continue
+            if only is not None and fmt not in only.get(unit.name, (fmt,)):
+                continue
             if cost is None:
                 price = float(
                     sum(stored_bytes((shapes[n][0], shapes[n][1]), fmt) for n in unit.tensors)
                 )
             else:
                 price = cost(unit.name, fmt)
-            remaining = 1.0 if factor is None else factor.get(fmt, 1.0)
+            remaining = 1.0 if gains is None else gains.get((unit.name, fmt), 1.0)
             choices.append(Choice(fmt, price, max(0.0, entry.kl) * remaining))
         if not choices:
             wanted = forced.get(unit.name)
@@ -158,9 +161,85 @@ def items_of(
     return found
 
 
+def neighbours(items: Sequence[Item], formats: Mapping[str, str]) -> dict[str, list[str]]:
+    """Of each unit: its format, then the next better and the next cheaper one that can pay."""
+    found: dict[str, list[str]] = {}
+    for item in items:
+        offers = [choice.format for choice in hull(item)]
+        at = offers.index(formats[item.name]) if formats[item.name] in offers else 0
+        near = [offers[i] for i in (at, at + 1, at - 1) if 0 <= i < len(offers)]
+        found[item.name] = near
+    return found
+
+
 def unit_of(analysis: Analysis) -> dict[str, str]:
     """The unit of every tensor."""
     return {name: unit.name for unit in analysis.units for name in unit.tensors}
+
+
+def migrate(analysis: Analysis, spec: ModelSpec) -> tuple[Analysis, list[str]]:
+    """Fit an analysis to another model: units whose tensors have the same shapes keep what was
+    found, a new unit takes the largest loss of its kind.
+
+    Returns:
+        The analysis, and in words what did not match.
+
+    Raises:
+        CompressError: nothing matches.
+    """
+    shapes = {name: shape for name, shape in spec.shapes() if len(shape) == 2}
+    sizes = {name: shape[0] * shape[1] for name, shape in shapes.items()}
+    kept, odd = [], []
+    left = set(shapes)
+    for unit in analysis.units:
+        if missing := [name for name in unit.tensors if name not in shapes]:
+            odd.append(f"{unit.name}: the model has no {missing[0]}")
+        elif sum(sizes[name] for name in unit.tensors) != unit.parameters:
+            odd.append(f"{unit.name}: {unit.parameters} parameters before, now others")
+        else:
+            kept.append(unit)
+            left -= set(unit.tensors)
+    if not kept:
+        raise CompressError(
+            "no unit of the config has the shape it has in this model: analyze it instead"
+        )
+    by_kind: dict[str, list[Any]] = {}
+    for unit in analysis.units:
+        by_kind.setdefault(unit.name.split(".")[-1], []).append(unit)
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        if name in left:
+            groups.setdefault(_unit_name(name), []).append(name)
+    for unit_name, names in groups.items():
+        like = by_kind.get(unit_name.split(".")[-1]) or list(analysis.units)
+        worst = {
+            fmt: max(unit.formats[fmt].kl for unit in like if fmt in unit.formats)
+            for fmt in like[0].formats
+        }
+        parts = unit_name.split(".")
+        entries = {
+            fmt: replace(
+                like[0].formats[fmt],
+                bytes=sum(stored_bytes((shapes[n][0], shapes[n][1]), fmt) for n in names),
+                predicted_kl=kl,
+                exact_kl=None,
+                kl=kl,
+            )
+            for fmt, kl in worst.items()
+            if fmt in PACKED
+        }
+        kept.append(
+            replace(
+                like[0],
+                name=unit_name,
+                layer=int(parts[1]) if len(parts) > 1 else None,
+                tensors=tuple(names),
+                parameters=sum(sizes[name] for name in names),
+                formats=entries,
+            )
+        )
+        odd.append(f"{unit_name}: not in the config, counted like the worst of its kind")
+    return replace(analysis, units=tuple(kept)), odd
 
 
 def plan_of(
@@ -211,11 +290,9 @@ def split_sequences(
 
 
 def polish(
-    analysis: Analysis,
     items: Sequence[Item],
     start: Point,
-    weights: Weights,
-    measure: Measure,
+    measure: Callable[[Mapping[str, str]], float],
     *,
     swaps: int = 20,
     seconds: float = 120.0,
@@ -226,62 +303,34 @@ def polish(
     keep those that lower the true KL.
 
     Args:
-        analysis: names the tensors of each unit.
         items: what was allocated from.
         start: the allocation.
-        weights: of the source.
-        measure: true KL of a model with these weights.
+        measure: true KL of an allocation: formats by unit.
         swaps: tried at most.
         seconds: after which no further one is tried.
         progress: called with (tried, at most).
     """
     began = clock()
-    tensors = {unit.name: unit.tensors for unit in analysis.units}
-    made: dict[tuple[str, str], Floats] = {}
-
-    def stored(formats: Mapping[str, str]) -> Weights:
-        units = {name: unit for unit, names in tensors.items() for name in names}
-
-        def get(name: str) -> Floats:
-            if name not in units:
-                return weights(name)
-            key = (name, formats[units[name]])
-            if key not in made:
-                original = weights(name)
-                made[key] = weights_of(
-                    quantize_matrix(original, key[1], name=name), original.shape[1]
-                )
-            return made[key]
-
-        return get
-
     formats = dict(start.formats)
-    before = best = measure(stored(formats))
-    tried: list[Swap] = []
-    spare = start.cost
+    before = best = measure(formats)
     cost = start.cost
+    tried: list[Swap] = []
     for up, down in _swaps(items, formats):
         if len(tried) >= swaps or clock() - began > seconds:
             break
-        # An earlier swap may have moved one of the two.
-        if formats[up[0]] != up[1] or formats[down[0]] != down[1]:
-            continue
         changed = cost + up[3] + down[3]
-        if changed > spare * (1 + 1e-9):
+        # An earlier swap may have moved one of the two.
+        if formats[up[0]] != up[1] or formats[down[0]] != down[1] or changed > start.cost:
             continue
         candidate = {**formats, up[0]: up[2], down[0]: down[2]}
-        kl = measure(stored(candidate))
+        kl = measure(candidate)
         kept = kl < best
         tried.append(Swap(f"{up[0]} {up[1]}->{up[2]}", f"{down[0]} {down[1]}->{down[2]}", kl, kept))
         if kept:
             formats, best, cost = candidate, kl, changed
-        for unit, _, fmt, _ in (up, down):
-            if formats[unit] != fmt:
-                for name in tensors[unit]:
-                    made.pop((name, fmt), None)
         if progress is not None:
             progress(len(tried), swaps)
-    return Polished(formats, best, before, tried)
+    return Polished(formats, best, before, cost, tried)
 
 
 _Move = tuple[str, str, str, float]  # unit, format, format after, cost added
@@ -312,8 +361,14 @@ def _swaps(items: Sequence[Item], formats: Mapping[str, str]) -> list[tuple[_Mov
     return [(up, down) for _, up, down in pairs]
 
 
+def _unit_name(tensor: str) -> str:
+    kind = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+    prefix, _, last = tensor.rpartition(".")
+    return f"{prefix}.{kind.get(last, last)}" if prefix else tensor
+
+
 def _format(name: str) -> Format:
     for fmt in (*PACKED, "f16"):
         if fmt == name:
-            return fmt  # type: ignore[return-value]
+            return fmt
     raise CompressError(f"there is no format {name[:20]!r}; choose one of {', '.join(PACKED)}, f16")

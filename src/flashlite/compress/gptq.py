@@ -61,7 +61,7 @@ class Curvature:
     factor: _F32
 
     def solve(self, left: _F32) -> _F32:
-        """left (H + damping)^-1, for left [n, cols]."""
+        """Left (H + damping)^-1, for left [n, cols]."""
         out = np.empty_like(left)
         out[:, self.order] = (left[:, self.order] @ self.factor.T) @ self.factor
         return out
@@ -193,9 +193,7 @@ def descend(
     return _by_band(weights, start, work)
 
 
-def output_error(
-    weights: _F32, stored: _F32, hessian: _F32, crossed: _F32 | None = None
-) -> float:
+def output_error(weights: _F32, stored: _F32, hessian: _F32, crossed: _F32 | None = None) -> float:
     """Mean squared change of the outputs, summed over rows: tr(D H D^T).
 
     Args:
@@ -239,9 +237,7 @@ def search(weights: _F32, fmt: str, hessian: _F32, *, name: str = "weights") -> 
     return quantize_matrix(weights, fmt, name=name, importance=importance)
 
 
-def _by_band(
-    weights: _F32, start: Quantized, work: Callable[[_F32, _Work], None]
-) -> Quantized:
+def _by_band(weights: _F32, start: Quantized, work: Callable[[_F32, _Work], None]) -> Quantized:
     rows, cols = weights.shape
     span = CODES[start.format]
     codes = np.empty((rows, cols), np.float32)

@@ -217,9 +217,7 @@ def _dot(a: _F32, b: _F32, weight: _F32 | None = None) -> _F32:
     return out
 
 
-def _error(
-    w: _F32, q: _F32, scale: _F32, shift: _F32 | None, weight: _F32 | None = None
-) -> _F32:
+def _error(w: _F32, q: _F32, scale: _F32, shift: _F32 | None, weight: _F32 | None = None) -> _F32:
     rest = q * scale
     if shift is not None:
         rest += shift

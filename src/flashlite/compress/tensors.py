@@ -33,7 +33,7 @@ from flashlite.compress.plan import Format
 from flashlite.compress.quantize import quantize_matrix, to_half
 from flashlite.model.source import SourceModel
 
-__all__ = ["compress_tensor", "kept_grid", "keeps_grid", "packed_arrays"]
+__all__ = ["compress_tensor", "keeps_grid", "kept_grid", "packed_arrays"]
 
 _BAND_VALUES = 1 << 19  # weights decoded at a time, per thread
 _KEPT = {"q8": ("Q8_0", "Q5_0", "Q4_0"), "q4": ("Q4_0",), "q4m": ("Q4_1",)}

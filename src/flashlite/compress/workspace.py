@@ -118,5 +118,6 @@ def _rounded(entry: Any, stored: Any) -> Rounded:
 
 
 def _matrix(name: str, fmt: str, stored: Any) -> Quantized:
-    mins = stored[f"{name}/{fmt}/mins"] if f"{name}/{fmt}/mins" in stored else None
+    key = f"{name}/{fmt}/mins"
+    mins = stored[key] if key in stored else None  # noqa: SIM401 - an archive, no mapping
     return Quantized(fmt, stored[f"{name}/{fmt}/codes"], stored[f"{name}/{fmt}/scales"], mins)

@@ -1,4 +1,4 @@
-"""`HeldBack`: the true loss of changed weights, in nats per token, on sequences nothing was fitted to.
+"""`HeldBack`: the true loss of changed weights, in nats per token, on text nothing was fitted to.
 
 The source's hidden states are kept, not its logits: with a vocabulary of 262,144 a thousand rows of
 logits are a gigabyte, and the head's product is quickly made again.

@@ -30,17 +30,14 @@ from flashlite.errors import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from flashlite.compress.pack import Quantized
+    from flashlite.compress.normalize import Ready
     from flashlite.compress.plan import Plan
     from flashlite.model.source import SourceModel
 
 __all__ = [
     "DEFAULT_MODEL",
-    "Decided",
     "SPLIT_HEAD",
+    "Decided",
     "Progress",
     "artifact_path",
     "compile_artifact",
@@ -62,7 +59,8 @@ class Decided:
 
     source: SourceModel
     plan: Plan
-    ready: Mapping[str, Quantized | NDArray[np.float32]]
+    ready: Ready
+    measured: Mapping[str, float]
 
 
 def find_artifact(
@@ -139,6 +137,7 @@ def make_artifact(
         },
         plan=None if decided is None else decided.plan,
         ready=None if decided is None else decided.ready,
+        measured=None if decided is None else decided.measured,
         progress=_stage(progress, "quantize"),
     )
     return split_head(artifact, head, progress=progress)
