@@ -46,7 +46,7 @@ from flashlite.errors import ArtifactError
 from flashlite.model.source import SourceModel
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["add_screen", "measured_of", "quantize", "write_artifact"]
+__all__ = ["add_screen", "artifact_bytes", "measured_of", "quantize", "write_artifact"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of weights written, bytes in all)."""
@@ -184,13 +184,7 @@ def write_artifact(
         arranged.size,
         nothing,
     )
-    texts = {
-        CONFIG: _json(artifact.config()),
-        TOKENIZER: tokenizer.tokenizer_json,
-        CARD: _json(_card(artifact, measured or {})),
-    }
-    if tokenizer.chat_template is not None:
-        texts[TEMPLATE] = tokenizer.chat_template.encode()
+    texts = _texts(artifact, tokenizer, measured)
     # The manifest holds about 100 bytes per tensor, as the header of the weights does.
     needed = arranged.size + 2 * len(arranged.header()) + sum(map(len, texts.values())) + (1 << 16)
     with staged(directory, needed) as folder:
@@ -202,6 +196,51 @@ def write_artifact(
         (folder / MANIFEST).write_bytes(_manifest(artifact.format_version, files, digests))
         written = open_artifact(folder)  # only what can be read takes the place of what was there
     return replace(written, path=directory)
+
+
+def artifact_bytes(
+    spec: ModelSpec,
+    plan: Plan,
+    tokenizer: TokenizerFiles,
+    *,
+    name: str,
+    provenance: Mapping[str, str],
+    measured: Mapping[str, Any] | None = None,
+) -> int:
+    """What `write_artifact` would put on disk, to a few bytes, without writing it."""
+    arranged = layout(spec, plan)
+    artifact = Artifact(
+        Path(),
+        name,
+        spec,
+        plan,
+        tokenizer.tokens,
+        provenance,
+        arranged.tensors,
+        arranged.size,
+        Manifest({}, {}, ""),
+    )
+    texts = _texts(artifact, tokenizer, measured)
+    digest = "0" * 64
+    files = {file: FileDigest(len(data), digest) for file, data in texts.items()}
+    files[WEIGHTS] = FileDigest(arranged.size, digest)
+    manifest = _manifest(artifact.format_version, files, dict.fromkeys(arranged.tensors, digest))
+    small = sum(map(len, texts.values())) + len(manifest)
+    return arranged.size + len(arranged.header()) + small
+
+
+def _texts(
+    artifact: Artifact, tokenizer: TokenizerFiles, measured: Mapping[str, Any] | None
+) -> dict[str, bytes]:
+    """The small files but the manifest."""
+    texts = {
+        CONFIG: _json(artifact.config()),
+        TOKENIZER: tokenizer.tokenizer_json,
+        CARD: _json(_card(artifact, measured or {})),
+    }
+    if tokenizer.chat_template is not None:
+        texts[TEMPLATE] = tokenizer.chat_template.encode()
+    return texts
 
 
 def _write_weights(

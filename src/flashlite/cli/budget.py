@@ -45,9 +45,6 @@ PRESETS: Mapping[str, float] = {"balanced": 0.05, "small": 0.2}  # most KL, in n
 EMBED_LOSS = 0.002
 """Nats that the look-up table alone may lose: FL-209."""
 
-_TEXTS = 1 << 13  # bytes of config, card and manifest beside what grows with the tensors
-_PER_TENSOR = 300  # bytes that each stored array adds to them
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -361,12 +358,21 @@ class _Job:
         )
         return normalize_embeddings(self.source, found, exponent, head_apart=apart)
 
-    def _cheapest(self) -> Plan:
-        """A plan to measure what is beside the units' own bytes."""
+    def _probe(self, arrays: str = "least") -> Plan:
+        """A plan to measure what is beside the units' own bytes: everything at its cheapest, or
+        with the most arrays.
+        """
         from flashlite.compress.differential import items_of, plan_of
+        from flashlite.compress.quantize import CODES
 
         items = items_of(self.analysis, self.source.spec, forced=self.forced)
-        formats = {item.name: min(item.choices, key=lambda c: c.cost).format for item in items}
+        formats = {
+            item.name: min(
+                item.choices,
+                key=lambda c: (arrays == "most" and not CODES[c.format].minimum, c.cost),
+            ).format
+            for item in items
+        }
         return plan_of(
             self.analysis, self.source.spec, formats, preset="probe", embed=self.separate_embed
         )
@@ -387,15 +393,27 @@ class _Job:
 
     def _fixed_bytes(self) -> int:
         """What the artifact holds beside the units."""
-        from flashlite.artifact.format import layout
+        from flashlite.artifact.write import artifact_bytes
         from flashlite.checkpoint.convert_tokenizer import build_tokenizer_checked
 
-        plan = self._cheapest()
-        arranged = layout(self.source.spec, plan)
-        files = build_tokenizer_checked(self.source.checkpoint)
-        texts = len(files.tokenizer_json) + len((files.chat_template or "").encode())
-        more = _TEXTS + _PER_TENSOR * len(arranged.tensors) + len(arranged.header())
-        return arranged.size - self._unit_bytes(plan) + texts + more
+        tokenizer = build_tokenizer_checked(self.source.checkpoint)
+        # A format with minima has more arrays, and each takes a line here and there.
+        return max(
+            artifact_bytes(
+                self.source.spec,
+                plan,
+                tokenizer,
+                name=self.pulled.name,
+                provenance={
+                    "source": self.pulled.path.name,
+                    "sha256": "0" * 64,
+                    "licence": self.pulled.licence or "",
+                },
+                measured={"held_back_kl": 0.123456789012345678, "positions": 768},
+            )
+            - self._unit_bytes(plan)
+            for plan in (self._probe("least"), self._probe("most"))
+        )
 
     def _fixed_ram(self) -> int:
         """What the running process holds beside the units, for the wanted context: asked of a
@@ -403,7 +421,7 @@ class _Job:
         """
         from flashlite.runtime import prepare
 
-        plan = self._cheapest()
+        plan = self._probe()
         with tempfile.TemporaryDirectory(prefix="flashlite-") as folder:
             artifact = prepare.make_artifact(
                 self.pulled,

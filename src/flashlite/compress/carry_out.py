@@ -44,7 +44,7 @@ Weights = Callable[[str], Floats]
 Progress = Callable[[str, int, int], None]
 
 _EXPECTED_GAIN = 0.6  # of a format's loss is left after rounding well, before it is known
-_TRIES = 5  # allocations whose loss is measured on the way to a wanted loss
+_TRIES = 8  # allocations whose loss is measured on the way to a wanted loss
 _NEAR = 0.93  # of the wanted loss: near enough
 _ROUNDS = 2  # walks through the layers, at most
 
@@ -329,10 +329,10 @@ def _within(
     """The cheapest allocation whose measured loss is at most `most`, and whether it lies at the
     edge of what was rounded.
     """
-    best: Point | None = None
     finest = allocate(items, sum(max(c.cost for c in item.choices) for item in items))
     coarsest = allocate(items, sum(min(c.cost for c in item.choices) for item in items))
-    wanted = most
+    best: Point | None = None
+    wanted, low, high = most, 0.0, float("inf")  # predicted losses: low is good enough, high is not
     for attempt in range(_TRIES):
         try:
             point = smallest_within(items, max(wanted, finest.kl))
@@ -341,14 +341,20 @@ def _within(
         kl = loss(point.formats)
         if progress is not None:
             progress(attempt + 1, _TRIES)
-        if kl <= most and (best is None or point.cost < best.cost):
-            best = point
-        if _NEAR * most <= kl <= most or (point.formats == coarsest.formats and kl <= most):
-            break
-        if point.formats == finest.formats and kl > most:
-            return point, True
-        # Aim a little below: what is measured beside the limit does not count.
+        if kl <= most:
+            low = max(low, wanted)
+            if best is None or point.cost < best.cost:
+                best = point
+            if kl >= _NEAR * most or point.formats == coarsest.formats:
+                break
+        else:
+            high = min(high, wanted)
+            if point.formats == finest.formats:
+                return point, True
+        # Aim a little below; between two that are known once there are two.
         wanted *= 0.5 * (1 + _NEAR) * most / max(kl, 1e-9)
+        if not low < wanted < high:
+            wanted = (low + high) / 2 if high < float("inf") else 2 * low
     if best is None:
         return finest, loss(finest.formats) > most
     return best, best.formats == coarsest.formats
