@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from flashlite.compress.pack import Packed, Quantized, dequantize, pack, unpack
 
-FORMATS = ["q8", "q4", "q4m"]
+FORMATS = ["q8", "q6", "q5", "q4", "q4m"]
+BITS = {"q6": 6, "q5": 5, "q4": 4, "q4m": 4}  # of an unsigned code
 
 
 def random_matrix(fmt: str, rows: int, cols: int, seed: int = 0) -> Quantized:
     rng = np.random.default_rng(seed)
     groups = -(-cols // 32)
-    low, high, dtype = (-128, 128, np.int8) if fmt == "q8" else (0, 16, np.uint8)
+    low, high, dtype = (-128, 128, np.int8) if fmt == "q8" else (0, 1 << BITS[fmt], np.uint8)
     codes = rng.integers(low, high, (rows, groups * 32)).astype(dtype)
     scales = rng.normal(size=(rows, groups)).astype(np.float16)
     mins = rng.normal(size=(rows, groups)).astype(np.float16) if fmt == "q4m" else None
@@ -31,7 +32,11 @@ def code_at(packed: Packed, row: int, col: int) -> int:
     i, rest = divmod(c, 8)
     half, k = divmod(rest, 4)
     byte = int(cell[(i * 16 + r) * 4 + k])
-    return byte >> 4 if half else byte & 15
+    low, k4, more = byte >> 4 if half else byte & 15, c // 4, BITS[packed.format] - 4
+    if not more:
+        return low
+    vector, place = divmod(k4 * more, 8)
+    return low | (int(cell[256 + vector * 64 + r * 4 + k]) >> place & (1 << more) - 1) << 4
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -39,7 +44,11 @@ def code_at(packed: Packed, row: int, col: int) -> int:
 def test_every_code_lies_where_the_kernels_look(fmt: str, rows: int, cols: int) -> None:
     matrix = random_matrix(fmt, rows, cols)
     packed = pack(matrix)
-    assert packed.codes.shape == (-(-rows // 16), cols // 32, 512 if fmt == "q8" else 256)
+    assert packed.codes.shape == (
+        -(-rows // 16),
+        cols // 32,
+        512 if fmt == "q8" else 64 * BITS[fmt],
+    )
     for row in range(rows):
         for col in range(cols):
             assert code_at(packed, row, col) == matrix.codes[row, col]
@@ -76,7 +85,8 @@ def test_unpack_is_the_inverse_of_pack(fmt: str, rows: int, cols: int, seed: int
 def test_dequantize_gives_scale_times_code(fmt: str, rows: int, cols: int) -> None:
     matrix = random_matrix(fmt, rows, cols)
     groups = matrix.scales.shape[1]
-    codes = matrix.codes.astype(np.float64).reshape(rows, groups, 32) - (8 if fmt == "q4" else 0)
+    codes = matrix.codes.astype(np.float64).reshape(rows, groups, 32)
+    codes -= {"q4": 8, "q5": 16, "q6": 32}.get(fmt, 0)
     expected = codes * matrix.scales.astype(np.float64)[:, :, None]
     if matrix.mins is not None:
         expected += matrix.mins.astype(np.float64)[:, :, None]

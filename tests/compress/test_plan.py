@@ -51,8 +51,9 @@ def test_hybrid_keeps_a_half_precision_table_and_a_head_of_its_own(source: Sourc
     assert others == {"q8"}
 
 
-def test_q8_and_q4_are_uniform(source: SourceModel) -> None:
-    for preset, expected in (("q8", {"q8", "f32"}), ("q4", {"q4m", "q4", "f32"})):
+def test_a_preset_of_one_format_is_uniform(source: SourceModel) -> None:
+    uniform = [(fmt, {fmt, "f32"}) for fmt in ("q8", "q6", "q5")]
+    for preset, expected in (*uniform, ("q4", {"q4m", "q4", "f32"})):
         plan = plan_preset(preset, source)
         assert set(plan.formats.values()) == expected
         assert "head" not in plan.formats
@@ -66,7 +67,7 @@ def test_an_untied_head_has_its_own_format(untied: SourceModel) -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones(source: SourceModel) -> None:
-    with pytest.raises(CompressError, match=r"'q3'.*import, hybrid, q8, q4"):
+    with pytest.raises(CompressError, match=r"'q3'.*import, hybrid, q8, q6, q5, q4"):
         plan_preset("q3", source)
 
 
@@ -79,10 +80,10 @@ def test_a_plan_survives_json(source: SourceModel, preset: str) -> None:
 @pytest.mark.parametrize(
     ("name", "fmt", "message"),
     [
-        ("layers.0.q", "f16", r"layers\.0\.q as 'f16', allowed q8, q4, q4m"),
-        ("layers.0.q", "q5", "'q5'"),
+        ("layers.0.q", "f16", r"layers\.0\.q as 'f16', allowed q8, q6, q5, q4, q4m"),
+        ("layers.0.q", "q3", "'q3'"),
         ("layers.0.attn_norm", "q8", "allowed f32"),
-        ("embed", "f32", "allowed q8, q4, q4m, f16"),
+        ("embed", "f32", "allowed q8, q6, q5, q4, q4m, f16"),
         ("layers.9.q", "q8", "which the model does not have"),
         ("head", "q8", "which the model does not have"),
         ("layers.0.q", None, r"no format for 'layers\.0\.q'"),

@@ -8,7 +8,9 @@ from flashlite.compress.pack import Quantized, dequantize, pack
 from flashlite.compress.quantize import quantize_matrix
 from flashlite.errors import CompressError
 
-FORMATS = ["q8", "q4", "q4m"]
+FORMATS = ["q8", "q6", "q5", "q4", "q4m"]
+SYMMETRIC = {"q8": (-127, 127), "q6": (-32, 31), "q5": (-16, 15), "q4": (-8, 7)}
+ZERO = {"q6": 32, "q5": 16, "q4": 8}
 Floats = NDArray[np.float32]
 
 
@@ -31,7 +33,7 @@ def plain_rounding(w: Floats, fmt: str) -> Floats:
         floor = low.astype(np.float16).astype(np.float32)
         codes = np.clip(np.rint((groups - floor) / scale.astype(np.float32)), 0, 15)
         return np.asarray(codes * scale + floor, np.float32).reshape(w.shape)
-    low, high = (-127, 127) if fmt == "q8" else (-8, 7)
+    low, high = SYMMETRIC[fmt]
     scale = (np.abs(groups).max(axis=1, keepdims=True) / high).astype(np.float16)
     codes = np.clip(np.rint(groups / scale.astype(np.float32)), low, high)
     return np.asarray(codes * scale, np.float32).reshape(w.shape)
@@ -41,7 +43,10 @@ def relative_error(found: Floats, w: Floats) -> float:
     return float(np.sqrt(np.square(found - w).sum() / np.square(w).sum()))
 
 
-@pytest.mark.parametrize(("fmt", "at_most"), [("q8", 0.99), ("q4", 0.845), ("q4m", 0.925)])
+@pytest.mark.parametrize(
+    ("fmt", "at_most"),
+    [("q8", 0.99), ("q6", 0.95), ("q5", 0.9), ("q4", 0.845), ("q4m", 0.925)],
+)
 def test_search_beats_plain_rounding(fmt: str, at_most: float) -> None:
     w = weights(256, 640)
     searched = relative_error(restored(quantize_matrix(w, fmt), 640), w)
@@ -53,11 +58,12 @@ def test_search_beats_plain_rounding(fmt: str, at_most: float) -> None:
 def test_no_group_is_worse_than_plainly_rounded(fmt: str) -> None:
     """Each group is compared with the plain scale that its search starts from."""
     w = weights(256, 320, seed=3)
-    if fmt == "q4":  # the largest weight on the longer side of the range
+    if fmt in ZERO:  # the largest weight on the longer side of the range
+        low, high = SYMMETRIC[fmt]
         peak = np.abs(w.reshape(-1, 32)).argmax(axis=1)
         signed = w.reshape(-1, 32)[np.arange(len(peak)), peak]
-        scale = (signed / -8).astype(np.float16).astype(np.float32)[:, None]
-        codes = np.clip(np.rint(w.reshape(-1, 32) / scale), -8, 7)
+        scale = (signed / low).astype(np.float16).astype(np.float32)[:, None]
+        codes = np.clip(np.rint(w.reshape(-1, 32) / scale), low, high)
         plain = (codes * scale).reshape(w.shape)
     else:
         plain = plain_rounding(w, fmt)
@@ -89,15 +95,15 @@ def test_a_short_last_group_is_fitted_on_its_own_columns(fmt: str, cols: int) ->
     assert whole.codes.shape == (37, -(-cols // 32) * 32)
     assert np.array_equal(whole.codes[:, first:], alone.codes)
     assert np.array_equal(whole.scales[:, -1:], alone.scales)
-    assert (whole.codes[:, cols:] == (8 if fmt == "q4" else 0)).all()
+    assert (whole.codes[:, cols:] == ZERO.get(fmt, 0)).all()
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_weights_on_a_grid_are_kept(fmt: str) -> None:
     rng = np.random.default_rng(1)
-    low, high = {"q8": (-127, 128), "q4": (-8, 8), "q4m": (0, 16)}[fmt]
-    codes = rng.integers(low, high, (64, 4, 32))
-    codes[..., 0], codes[..., 1] = low, high - 1  # the whole range is used
+    low, high = SYMMETRIC.get(fmt, (0, 15))
+    codes = rng.integers(low, high + 1, (64, 4, 32))
+    codes[..., 0], codes[..., 1] = low, high  # the whole range is used
     scale = np.float16(0.01171875)
     w = (codes * np.float32(scale)).astype(np.float32)
     if fmt == "q4m":
@@ -121,7 +127,9 @@ def test_a_constant_group_is_kept_closely(fmt: str) -> None:
     assert np.abs(restored(quantize_matrix(w, fmt), 64) - w).max() < 3e-4
 
 
-@pytest.mark.parametrize(("fmt", "value"), [("q8", 1e7), ("q4", 6e5), ("q4m", -7e4)])
+@pytest.mark.parametrize(
+    ("fmt", "value"), [("q8", 1e7), ("q6", 3e6), ("q5", 2e6), ("q4", 6e5), ("q4m", -7e4)]
+)
 def test_a_scale_beyond_half_precision_names_the_tensor(fmt: str, value: float) -> None:
     w = weights(16, 64)
     w[3, 5] = value

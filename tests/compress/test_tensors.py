@@ -8,7 +8,7 @@ import pytest
 
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.compress.pack import Packed, dequantize
-from flashlite.compress.plan import Format
+from flashlite.compress.plan import Format, plan_preset
 from flashlite.compress.tensors import compress_tensor
 from flashlite.errors import CheckpointError, CompressError
 from flashlite.model.families import describe
@@ -30,7 +30,15 @@ def stored(source: SourceModel, name: str, fmt: Format) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fmt"), [("Q4_0", "q4"), ("Q4_1", "q4m"), ("Q8_0", "q8"), ("Q4_0", "q8")]
+    ("dtype", "fmt"),
+    [
+        ("Q4_0", "q4"),
+        ("Q4_1", "q4m"),
+        ("Q8_0", "q8"),
+        ("Q4_0", "q8"),
+        ("Q4_0", "q5"),
+        ("Q4_0", "q6"),
+    ],
 )
 @pytest.mark.parametrize("name", ["layers.1.q", "layers.0.gate", "embed"])
 def test_a_grid_the_format_contains_is_kept_bit_for_bit(
@@ -40,7 +48,8 @@ def test_a_grid_the_format_contains_is_kept_bit_for_bit(
     assert np.array_equal(stored(source, name, fmt), source.tensor(name))
 
 
-def test_q5_0_is_a_part_of_q8(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", ["q5", "q6", "q8"])
+def test_q5_0_is_kept_bit_for_bit(tmp_path: Path, fmt: Format) -> None:
     """Codes -16..15 times a half-precision scale; the scale of a whole block may be zero."""
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 256, (64 * 2, 22), dtype=np.uint8)
@@ -50,7 +59,8 @@ def test_q5_0_is_a_part_of_q8(tmp_path: Path) -> None:
     tensors["blk.0.attn_output.weight"] = make_gguf.Tensor("Q5_0", (64, 64), raw.tobytes())
     path = make_gguf.write_gguf(tmp_path / "q5.gguf", metadata, tensors)
     source = describe(open_checkpoint(path))
-    assert np.array_equal(stored(source, "layers.0.o", "q8"), source.tensor("layers.0.o"))
+    assert np.array_equal(stored(source, "layers.0.o", fmt), source.tensor("layers.0.o"))
+    assert plan_preset("import", source).formats["layers.0.o"] == "q5"
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

@@ -26,10 +26,12 @@ __all__ = [
     "FUZZ",
     "FUZZ_ENTRY",
     "GROUP",
+    "HIGH_BITS",
     "PAGE",
     "TABLES",
     "TALL_TILE",
     "TILE",
+    "ZERO",
     "Activations",
     "Kernels",
     "Linear",
@@ -57,7 +59,9 @@ FUZZ_ENTRY = tuple(
     FUZZ / f"{name}.c" for name in ("input", "entry", "matrices", "attention", "rows", "sampling")
 )
 GROUP, BLOCK_ROWS, TILE, TALL_TILE, PAGE = 32, 16, 6, 16, 32
-FORMATS = {"q8": 0, "q4": 1, "q4m": 2}
+FORMATS = {"q8": 0, "q4": 1, "q4m": 2, "q5": 3, "q6": 4}
+HIGH_BITS = {"q4": 0, "q4m": 0, "q5": 1, "q6": 2}  # of codes, beside those that nibbles hold
+ZERO = {"q8": 0, "q4": 8, "q4m": 0, "q5": 16, "q6": 32}  # the code of a weight that is zero
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -193,7 +197,7 @@ def _up(n: int, unit: int) -> int:
 class Linear:
     """A matrix of true codes with its packed form.
 
-    codes [rows, cols] (s8 for q8, else 0..15), scales and mins [rows, groups] float16.
+    codes [rows, cols] (s8 for q8, else from 0), scales and mins [rows, groups] float16.
     """
 
     format: str
@@ -219,7 +223,13 @@ class Linear:
         if format == "q8":
             out = tiles.astype(np.int8).view(np.uint8)
         else:
-            out = (tiles[:, :, 0::2] | tiles[:, :, 1::2] << 4).astype(np.uint8)
+            bits, low = HIGH_BITS[format], tiles & 15
+            vectors = [low[:, :, 2 * i] | low[:, :, 2 * i + 1] << 4 for i in range(4)]
+            vectors += [np.zeros_like(vectors[0]) for _ in range(bits)]
+            for k4 in range(8 if bits else 0):
+                vector, place = divmod(k4 * bits, 8)
+                vectors[4 + vector] |= tiles[:, :, k4] >> 4 << place
+            out = np.stack(vectors, axis=2).astype(np.uint8)
         halves = []
         for values in (scales, mins if mins is not None else np.zeros_like(scales)):
             padded = np.zeros((blocks * BLOCK_ROWS, groups), np.float16)
@@ -281,14 +291,14 @@ class Linear:
         )
         if self.format == "q4m":
             return self.codes * scale + low
-        return (self.codes - (8 if self.format == "q4" else 0)) * scale
+        return (self.codes - ZERO[self.format]) * scale
 
 
 def random_linear(
     rng: np.random.Generator, format: str, rows: int, cols: int, *, unit: bool = False
 ) -> Linear:
     """Random codes over the whole range; scales of 1 and integer mins when `unit`."""
-    low, high = (-128, 128) if format == "q8" else (0, 16)
+    low, high = (-128, 128) if format == "q8" else (0, 16 << HIGH_BITS[format])
     codes = rng.integers(low, high, (rows, cols))
     shape = (rows, _up(cols, GROUP) // GROUP)
     if unit:

@@ -84,7 +84,12 @@ def test_products_are_exact_with_unit_scales(kernels: h.Kernels, format: str, n:
 @pytest.mark.parametrize("x", [-127, 127, "alternating"])
 @pytest.mark.parametrize(
     ("format", "code"),
-    [("q8", -128), ("q8", 127), ("q8", "mixed"), ("q4", 0), ("q4", 15), ("q4m", 0), ("q4m", 15)],
+    [
+        ("q8", -128),
+        ("q8", 127),
+        ("q8", "mixed"),
+        *((format, code) for format, bits in h.HIGH_BITS.items() for code in (0, (16 << bits) - 1)),
+    ],
 )
 def test_extremes_do_not_saturate(
     kernels: h.Kernels, format: str, code: int | str, x: int | str, n: int

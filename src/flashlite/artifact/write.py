@@ -71,7 +71,7 @@ def quantize(
         source: the checkpoint.
         tokenizer: its tokenizer and chat template.
         directory: the artifact's folder; an artifact that is there is replaced.
-        preset: `import`, `hybrid`, `q8` or `q4`.
+        preset: `import`, `hybrid`, `q8`, `q6`, `q5` or `q4`.
         name: the model's name, 1 to 64 of a-z, 0-9, dot, dash, underscore.
         provenance: `source`, `sha256` and `licence` of the weights.
         plan: the format of every tensor, instead of the preset's.

@@ -25,7 +25,7 @@ __all__ = ["command"]
 @click.option("--emit-c", is_flag=True, help="Print the generated model.c and build nothing.")
 @click.option(
     "--preset",
-    type=click.Choice(["import", "hybrid", "q8", "q4"]),
+    type=click.Choice(["import", "hybrid", "q8", "q6", "q5", "q4"]),
     default="import",
     show_default=True,
     help="How to quantize a model that has no artifact yet.",

@@ -74,7 +74,7 @@ def running(function: F) -> F:
         click.option("--threads", type=int, help="[default: one per core]"),
         click.option(
             "--preset",
-            type=click.Choice(["import", "hybrid", "q8", "q4"]),
+            type=click.Choice(["import", "hybrid", "q8", "q6", "q5", "q4"]),
             default="import",
             show_default=True,
             help="How to quantize a model that has no artifact yet.",

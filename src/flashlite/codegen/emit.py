@@ -21,7 +21,7 @@ from flashlite.model.spec import ModelSpec
 
 __all__ = ["emit_model"]
 
-_FORMATS = {"q8": "FL_Q8", "q4": "FL_Q4", "q4m": "FL_Q4M"}
+_FORMATS = {"q8": "FL_Q8", "q6": "FL_Q6", "q5": "FL_Q5", "q4": "FL_Q4", "q4m": "FL_Q4M"}
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 

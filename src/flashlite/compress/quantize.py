@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flashlite.compress.pack import CODE_DTYPE, GROUP, Quantized, groups_of
+from flashlite.compress.pack import CODE_DTYPE, GROUP, ZERO, Quantized, groups_of
 from flashlite.errors import CompressError
 
 __all__ = ["CODES", "HALF_MAX", "Codes", "quantize_matrix", "to_half"]
@@ -25,7 +25,7 @@ __all__ = ["CODES", "HALF_MAX", "Codes", "quantize_matrix", "to_half"]
 HALF_MAX = 65504.0  # the largest finite half-precision number
 
 _F32 = NDArray[np.float32]
-_Fit = tuple[_F32, _F32, _F32 | None]  # codes [k, n], scales [n], mins [n] or None
+_Fit = tuple[_F32, _F32, _F32 | None]  # codes [k, n] less their zero, scales [n], mins [n] or None
 _CHUNK = 1 << 15  # weights searched at once: their few temporaries stay in the level-2 cache
 _POLISH = 2  # rounds of re-rounding and re-fitting after the best start is known
 
@@ -45,7 +45,9 @@ class Codes:
 
 CODES: dict[str, Codes] = {
     "q8": Codes(-127, 127, 0),
-    "q4": Codes(-8, 7, 8),
+    "q6": Codes(-32, 31, ZERO["q6"]),
+    "q5": Codes(-16, 15, ZERO["q5"]),
+    "q4": Codes(-8, 7, ZERO["q4"]),
     "q4m": Codes(0, 15, 0, minimum=True),
 }
 
@@ -69,7 +71,7 @@ def quantize_matrix(
     """
     rows, cols = weights.shape
     groups = groups_of(cols)
-    codes = np.full((rows, groups * GROUP), 8 if fmt == "q4" else 0, CODE_DTYPE[fmt])
+    codes = np.full((rows, groups * GROUP), ZERO[fmt], CODE_DTYPE[fmt])
     scales = np.empty((rows, groups), np.float16)
     mins = np.empty((rows, groups), np.float16) if fmt == "q4m" else None
     for band, first, last in _parts(rows, cols):
@@ -84,7 +86,7 @@ def quantize_matrix(
         if importance is not None:
             counted = _counted(importance[low:high].reshape(-1, width), columns.shape)
         found, scale, minimum = _SEARCH[fmt](columns, counted)
-        codes[band, low:high] = found.T.reshape(height, high - low)
+        codes[band, low:high] = found.T.reshape(height, high - low) + np.float32(ZERO[fmt])
         scales[band, first:last] = to_half(scale, name).reshape(height, -1)
         if mins is not None and minimum is not None:
             mins[band, first:last] = to_half(minimum, name).reshape(height, -1)
@@ -236,10 +238,16 @@ def _search_q8(w: _F32, a: _F32 | None) -> _Fit:
     return _symmetric(w, -127, 127, _STARTS_Q8, a)
 
 
+def _search_q6(w: _F32, a: _F32 | None) -> _Fit:
+    return _symmetric(w, -32, 31, _STARTS_Q6, a)
+
+
+def _search_q5(w: _F32, a: _F32 | None) -> _Fit:
+    return _symmetric(w, -16, 15, _STARTS_Q5, a)
+
+
 def _search_q4(w: _F32, a: _F32 | None) -> _Fit:
-    codes, scale, _ = _symmetric(w, -8, 7, _STARTS_Q4, a)
-    codes += 8
-    return codes, scale, None
+    return _symmetric(w, -8, 7, _STARTS_Q4, a)
 
 
 def _search_q4m(w: _F32, a: _F32 | None) -> _Fit:
@@ -248,10 +256,14 @@ def _search_q4m(w: _F32, a: _F32 | None) -> _Fit:
 
 # With 255 codes more starts gain less than 1 % of the error, and they clip the largest weights.
 _STARTS_Q8 = np.ones(1, np.float32)
+_STARTS_Q6 = np.linspace(0.90, 1.1, 20, dtype=np.float32)  # of max|w| / 32
+_STARTS_Q5 = np.linspace(0.80, 1.2, 20, dtype=np.float32)  # of max|w| / 16
 _STARTS_Q4 = np.linspace(0.75, 1.2, 20, dtype=np.float32)  # of max|w| / 8
 _STARTS_Q4M = np.linspace(0.70, 1.05, 20, dtype=np.float32)  # of (max - min) / 15
 _SEARCH: dict[str, Callable[[_F32, _F32 | None], _Fit]] = {
     "q8": _search_q8,
+    "q6": _search_q6,
+    "q5": _search_q5,
     "q4": _search_q4,
     "q4m": _search_q4m,
 }

@@ -23,6 +23,7 @@ from flashlite.compress.pack import (
     CODE_BYTES,
     CODE_DTYPE,
     GROUP,
+    ZERO,
     Packed,
     Quantized,
     blocks_of,
@@ -36,7 +37,13 @@ from flashlite.model.source import SourceModel
 __all__ = ["compress_tensor", "keeps_grid", "kept_grid", "packed_arrays"]
 
 _BAND_VALUES = 1 << 19  # weights decoded at a time, per thread
-_KEPT = {"q8": ("Q8_0", "Q5_0", "Q4_0"), "q4": ("Q4_0",), "q4m": ("Q4_1",)}
+_KEPT = {
+    "q8": ("Q8_0", "Q5_0", "Q4_0"),
+    "q6": ("Q5_0", "Q4_0"),
+    "q5": ("Q5_0", "Q4_0"),
+    "q4": ("Q4_0",),
+    "q4m": ("Q4_1",),
+}
 
 Bytes = NDArray[np.uint8]
 
@@ -132,12 +139,12 @@ def _keep(info: TensorInfo, raw: Bytes, fmt: Format) -> Quantized:
         scales = np.ascontiguousarray(raw.reshape(-1, 22)[:, :2]).view("<f2").reshape(info.rows, -1)
         weights = blocks.dequantize(info, raw).reshape(info.rows, -1, GROUP)
         divisor = np.where(scales == 0, np.float16(1), scales).astype(np.float32)
-        codes = np.rint(weights / divisor[:, :, None]).astype(np.int8).reshape(info.shape)
-        return Quantized(fmt, codes, scales)
+        signed = np.rint(weights / divisor[:, :, None]).reshape(info.shape)
+        return Quantized(fmt, (signed + np.float32(ZERO[fmt])).astype(CODE_DTYPE[fmt]), scales)
     grid = blocks.grid(info, raw)
-    codes = grid.codes
-    if fmt == "q8" and grid.zero:
-        codes = (codes.astype(np.int16) - grid.zero).astype(np.int8)
+    codes, shift = grid.codes, ZERO[fmt] - grid.zero
+    if shift:
+        codes = (codes.astype(np.int16) + shift).astype(CODE_DTYPE[fmt])
     return Quantized(fmt, codes, grid.scales, grid.mins)
 
 

@@ -356,7 +356,7 @@ static int32_t estimate_rest(fl_thread *t, int32_t i, float *logits, const fl_sc
 }
 
 static void fetch_block(const fl_linear *w, int32_t b) {
-    size_t groups = (size_t)w->groups, bytes = groups * (w->format == FL_Q8 ? 512 : 256);
+    size_t groups = (size_t)w->groups, bytes = groups * fl_code_bytes(w->format);
     fetch((const char *)w->codes + (size_t)b * bytes, bytes);
     fetch(w->scales + (size_t)b * groups * FL_BLOCK_ROWS, groups * 2 * FL_BLOCK_ROWS);
 }

@@ -10,16 +10,20 @@
  *   codes   FL_Q8: 512 bytes, byte [k4][row][k] = s8 code of W(16 b + row, 32 g + 4 k4 + k)
  *           FL_Q4, FL_Q4M: 256 bytes, byte [i][row][k], i = 0..3: the low nibble is column
  *           32 g + 8 i + k, the high nibble column 32 g + 8 i + 4 + k, codes 0..15
+ *           FL_Q5, FL_Q6: 320 and 384 bytes, first the low four bits of all codes as above, then one
+ *           or two vectors [row][k] with the bits above them, codes 0..31 and 0..63: those of column
+ *           32 g + 4 k4 + k are in FL_Q5 bit k4, in FL_Q6 two from bit 2 (k4 % 4) of vector k4 / 4
  *           k4 = 0..7, row = 0..15, k = 0..3: one 64-byte vector holds 4 columns of 16 rows
  *   scales  16 IEEE half floats, one per row
  *   mins    FL_Q4M only: 16 half floats
  *
  * codes, scales and mins are three arrays, each [blocks][groups][...], each starting on 64 bytes.
- * A weight is  q8: scale * code   q4: scale * (code - 8)   q4m: scale * code + min.
+ * A weight is  q8: scale * code   q4: scale * (code - 8)   q4m: scale * code + min
+ *              q5: scale * (code - 16)   q6: scale * (code - 32).
  *
  * Activations are quantized per token and group of 32: scale = max|x| / 127 (0 where all are 0),
  * code = round-half-even(x / scale) in -127..127. A group's dot product is the exact integer
- *   q8, q4: D = sum (signed code) * x      q4m: D = sum (unsigned code) * x,  S = sum x
+ *   D = sum (code less its zero) * x, the zero as above and 0 for q8 and q4m;  S = sum x
  * and y = sum over groups in rising order, in float, with moment = scale_x * (float)S:
  *   acc = fma((float)D, scale_w * scale_x, acc);  q4m then: acc = fma(min_w, moment, acc)
  */
@@ -36,7 +40,31 @@
 #define FL_MAX_QUERIES 32 /* query rows of one attend call */
 #define FL_ALIGN 64
 
-typedef enum { FL_Q8 = 0, FL_Q4 = 1, FL_Q4M = 2 } fl_format;
+typedef enum { FL_Q8 = 0, FL_Q4 = 1, FL_Q4M = 2, FL_Q5 = 3, FL_Q6 = 4 } fl_format;
+
+/* Bits of a code beside the low four that nibbles hold. */
+static inline size_t fl_high_bits(fl_format format) {
+    return format == FL_Q5 ? 1 : format == FL_Q6 ? 2 : 0;
+}
+
+/* Bytes of the codes of one group of one block. */
+static inline size_t fl_code_bytes(fl_format format) {
+    return format == FL_Q8 ? 512 : 256 + 64 * fl_high_bits(format);
+}
+
+/* The code of a weight that is zero. */
+static inline int fl_zero_code(fl_format format) {
+    return format == FL_Q4 ? 8 : format == FL_Q5 ? 16 : format == FL_Q6 ? 32 : 0;
+}
+
+/* One code of a group of a block that is not of FL_Q8, zero not taken off. */
+static inline int fl_code_at(fl_format format, const uint8_t *codes, size_t row, size_t column) {
+    size_t at = row * 4 + column % 4, k4 = column / 4, bits = fl_high_bits(format);
+    int code = codes[k4 / 2 * 64 + at] >> (k4 % 2 * 4) & 15;
+    if (bits == 0) return code;
+    int high = codes[256 + k4 * bits / 8 * 64 + at] >> (k4 * bits % 8);
+    return code | (high & ((1 << bits) - 1)) << 4;
+}
 
 /* One packed matrix. */
 typedef struct {

@@ -39,10 +39,11 @@ typedef struct {
 
 /* Unpack the group at `from`, which moves on; memory is asked for what comes later. */
 INLINE void unpack_group(fl_format format, tile_group *to, cursor *from) {
-    prefetch_group(format, from, UNPACK_AHEAD / code_bytes(format), 0, 1);
+    prefetch_group(format, from, UNPACK_AHEAD / fl_code_bytes(format), 0, 1);
     UNROLL for (size_t k4 = 0; k4 < 8 && format != FL_Q8; k4++) {
         __m512i four = columns(format, from->codes, k4);
-        if (format == FL_Q4) four = _mm512_sub_epi8(four, _mm512_set1_epi8(8));
+        int zero = fl_zero_code(format);
+        if (zero) four = _mm512_sub_epi8(four, _mm512_set1_epi8((char)zero));
         _mm512_store_si512(to->codes + 64 * k4, four);
     }
     _mm512_store_ps(to->scale, load_half(from->scales));
@@ -170,6 +171,8 @@ static void gemm_tiles(float *y, size_t stride, const fl_linear *w, int32_t bloc
     case FL_Q8: multiply_tiles(FL_Q8, y, stride, w, block0, block1, act, panel); break;
     case FL_Q4: multiply_tiles(FL_Q4, y, stride, w, block0, block1, act, panel); break;
     case FL_Q4M: multiply_tiles(FL_Q4M, y, stride, w, block0, block1, act, panel); break;
+    case FL_Q5: multiply_tiles(FL_Q5, y, stride, w, block0, block1, act, panel); break;
+    case FL_Q6: multiply_tiles(FL_Q6, y, stride, w, block0, block1, act, panel); break;
     }
     _tile_release();
 }

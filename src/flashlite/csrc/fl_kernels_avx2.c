@@ -7,6 +7,8 @@
  *
  *   q4, q4m  nibble x: a pair is at most 15 * 127 * 2 = 3810, so the eight steps of a group add up
  *            in 16 bits (30480) before one vpmaddwd
+ *   q5, q6   the same with pairs of at most 31 * 127 * 2 = 7874 and 63 * 127 * 2 = 16002, of which
+ *            four and two steps add up in 16 bits (31496 and 32004)
  *   q8       |w| times x with the sign of w: a pair is at most 128 * 127 * 2 = 32512, which fits,
  *            once; -128 is exact, for its magnitude 128 is an unsigned byte
  */
@@ -153,11 +155,12 @@ static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, con
 typedef enum {
     BYTES,    /* s8: weights as packed, and the keys of a page */
     NIBBLES,  /* q4 and q4m as packed */
-    UNPACKED, /* q4 and q4m as bytes 0..15, scales and mins as floats */
+    PLANES,   /* q5 and q6 as packed: nibbles, and bits above them */
+    UNPACKED, /* all but q8 as unsigned bytes, scales and mins as floats */
 } form;
 
-/* Rows side by side: step k4 of group g at codes + (8 g + k4) * pitch (NIBBLES: two steps), the
- * scales and mins of a group at g * pitch / 4. */
+/* Rows side by side: step k4 of group g at codes + (8 g + k4) * pitch (NIBBLES: two steps; PLANES: as
+ * fl_kernels.h says), the scales and mins of a group at g * pitch / 4. */
 typedef struct {
     const uint8_t *codes;
     const void *scales, *mins;
@@ -205,14 +208,52 @@ INLINE void step_small(__m256i sum[][2], __m256i w0, __m256i w1, const int32_t *
     }
 }
 
+/* 8 rows of step k4 of q5 or q6; `codes` at the first of these rows. A plane is shifted as words: what
+ * crosses from byte to byte is masked off. */
+INLINE __m256i join(fl_format format, const uint8_t *codes, size_t k4) {
+    size_t bits = fl_high_bits(format), place = k4 * bits % 8;
+    __m256i low = load_bytes(codes + k4 / 2 * 64);
+    if (k4 % 2) low = _mm256_srli_epi16(low, 4);
+    __m256i high = load_bytes(codes + 256 + k4 * bits / 8 * 64);
+    high = place > 4 ? _mm256_srli_epi16(high, (int)place - 4)
+                     : _mm256_slli_epi16(high, 4 - (int)place);
+    high = _mm256_and_si256(high, _mm256_set1_epi8(bits == 1 ? 16 : 48));
+    return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), high);
+}
+
+/* dot[t] += two steps of codes 0..63; x holds what both take. */
+INLINE void step_pair(__m256i dot[][2], const __m256i w[2][2], const int32_t *x, size_t width,
+                      int n) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    UNROLL for (int t = 0; t < n; t++) {
+        __m256i v0 = _mm256_set1_epi32(x[t]), v1 = _mm256_set1_epi32(x[width + (size_t)t]);
+        UNROLL for (int half = 0; half < 2; half++) {
+            __m256i p = _mm256_maddubs_epi16(w[0][half], v0);
+            p = _mm256_add_epi16(p, _mm256_maddubs_epi16(w[1][half], v1));
+            dot[t][half] = _mm256_add_epi32(dot[t][half], _mm256_madd_epi16(p, ones));
+            KEEP(dot[t][half]);
+        }
+    }
+}
+
 /* The integer dot products of one group: codes and x at its start. */
-INLINE void dot_group(__m256i dot[][2], form f, const uint8_t *codes, size_t pitch, size_t steps,
-                      const int32_t *x, size_t width, int n) {
+INLINE void dot_group(__m256i dot[][2], fl_format format, form f, const uint8_t *codes,
+                      size_t pitch, size_t steps, const int32_t *x, size_t width, int n) {
     const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     UNROLL for (int t = 0; t < n; t++) dot[t][0] = dot[t][1] = _mm256_setzero_si256();
     if (f == BYTES) {
         for (size_t k4 = 0; k4 < steps; k4++) {
             step_bytes(dot, codes + k4 * pitch, x + k4 * width, n);
+        }
+        return;
+    }
+    if (f == PLANES) {
+        UNROLL for (size_t k4 = 0; k4 < 8; k4 += 2) {
+            const __m256i w[2][2] = {
+                {join(format, codes, k4), join(format, codes + 32, k4)},
+                {join(format, codes, k4 + 1), join(format, codes + 32, k4 + 1)},
+            };
+            step_pair(dot, w, x + k4 * width, width, n);
         }
         return;
     }
@@ -237,6 +278,11 @@ INLINE void dot_group(__m256i dot[][2], form f, const uint8_t *codes, size_t pit
     }
 }
 
+/* What takes the zero of the codes off again, of an offset of -128 sum x. */
+INLINE __m256i zero_offset(fl_format format, int32_t offset) {
+    return _mm256_set1_epi32(offset >> (format == FL_Q4 ? 4 : format == FL_Q5 ? 3 : 2));
+}
+
 /* y[t * stride + row] of 16 rows and n tokens; all but the pointers and stride are constants. */
 INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_format format,
                    form f, size_t pitch, size_t width, int n) {
@@ -249,12 +295,12 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
     for (size_t g = 0; g < groups; g++) {
         __m256i dot[FL_TILE][2];
         size_t at = g * pitch / 4, steps = pitch == 64 || g + 1 < groups ? 8 : w->last_steps;
-        dot_group(dot, f, codes, pitch, steps, x_codes, width, n);
+        dot_group(dot, format, f, codes, pitch, steps, x_codes, width, n);
         __m256 s0 = load_scales(f, w->scales, at), s1 = load_scales(f, w->scales, at + 8);
         UNROLL for (int t = 0; t < n; t++) {
             __m256 sx = _mm256_set1_ps(x_scale[t]);
-            if (format == FL_Q4) { /* sum (code - 8) x = sum code x - 8 sum x */
-                __m256i offset = _mm256_srai_epi32(_mm256_set1_epi32(x_offset[t]), 4);
+            if (fl_zero_code(format)) { /* sum (code - 8) x = sum code x - 8 sum x */
+                __m256i offset = zero_offset(format, x_offset[t]);
                 dot[t][0] = _mm256_add_epi32(dot[t][0], offset);
                 dot[t][1] = _mm256_add_epi32(dot[t][1], offset);
             }
@@ -272,12 +318,12 @@ INLINE void rows16(float *y, size_t stride, const rows *w, const tokens *x, fl_f
             }
         }
         if (width == 1) { /* decode reads each weight once, from memory */
-            const uintptr_t next = (uintptr_t)codes + AHEAD, lines = f == BYTES ? 8 : 4;
+            const uintptr_t next = (uintptr_t)codes + AHEAD, lines = fl_code_bytes(format) / 64;
             for (uintptr_t i = 0; i < lines; i++) {
                 _mm_prefetch((const void *)(next + 64 * i), _MM_HINT_T0);
             }
         }
-        codes += (f == NIBBLES ? 4 : 8) * pitch;
+        codes += f == NIBBLES || f == PLANES ? fl_code_bytes(format) : 8 * pitch;
         x_codes += 8 * width;
         x_scale += width;
         x_moment += width;
@@ -318,9 +364,13 @@ typedef void rows16_function(float *, size_t, const rows *, const tokens *, int3
 ONE(one_q8, FL_Q8, BYTES)
 ONE(one_q4, FL_Q4, NIBBLES)
 ONE(one_q4m, FL_Q4M, NIBBLES)
+ONE(one_q5, FL_Q5, PLANES)
+ONE(one_q6, FL_Q6, PLANES)
 UP_TO_FEW(few_q8, FL_Q8, BYTES, 64)
 UP_TO_FEW(few_q4, FL_Q4, NIBBLES, 64)
 UP_TO_FEW(few_q4m, FL_Q4M, NIBBLES, 64)
+UP_TO_FEW(few_q5, FL_Q5, PLANES, 64)
+UP_TO_FEW(few_q6, FL_Q6, PLANES, 64)
 UP_TO_FEW(few_keys, FL_Q8, BYTES, 128)
 UP_TO_FEW(few_values, FL_Q8, BYTES, w->pitch)
 WHOLE_TILE(whole_q4, FL_Q4)
@@ -328,7 +378,7 @@ WHOLE_TILE(whole_q4m, FL_Q4M)
 
 static rows view_block(const fl_linear *w, size_t block) {
     size_t at = block * (size_t)w->groups;
-    return (rows){.codes = w->codes + at * (w->format == FL_Q8 ? 512 : 256),
+    return (rows){.codes = w->codes + at * fl_code_bytes(w->format),
                   .scales = w->scales + at * FL_BLOCK_ROWS,
                   .mins = w->format == FL_Q4M ? w->mins + at * FL_BLOCK_ROWS : NULL,
                   .groups = (size_t)w->groups,
@@ -336,7 +386,7 @@ static rows view_block(const fl_linear *w, size_t block) {
 }
 
 static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, const fl_act *act) {
-    static rows16_function *const one[] = {one_q8, one_q4, one_q4m};
+    static rows16_function *const one[] = {one_q8, one_q4, one_q4m, one_q5, one_q6};
     const tokens x = {act->codes, act->scale, act->moment, act->offset};
     for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
         const rows block = view_block(w, b);
@@ -344,17 +394,35 @@ static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, c
     }
 }
 
-/* Nibbles to bytes, halves to floats: worth it when several tiles of tokens follow. */
-static rows unpack(const rows *w, void *panel) {
+/* The codes of one group as bytes. */
+INLINE void unpack_group(fl_format format, uint8_t *to, const uint8_t *from) {
     const __m256i mask = _mm256_set1_epi8(15);
+    UNROLL for (size_t k4 = 0; k4 < 8; k4++) {
+        UNROLL for (size_t half = 0; half < 64; half += 32) {
+            __m256i v;
+            if (fl_high_bits(format)) {
+                v = join(format, from + half, k4);
+            } else {
+                v = load_bytes(from + k4 / 2 * 64 + half);
+                v = _mm256_and_si256(k4 % 2 ? _mm256_srli_epi16(v, 4) : v, mask);
+            }
+            _mm256_storeu_si256((void *)(to + k4 * 64 + half), v);
+        }
+    }
+}
+
+/* Codes to bytes, halves to floats: worth it when several tiles of tokens follow. */
+static rows unpack(fl_format format, const rows *w, void *panel) {
     uint8_t *codes = panel;
     float *scales = (float *)(void *)(codes + w->groups * 512);
     float *mins = scales + w->groups * FL_BLOCK_ROWS;
-    for (size_t i = 0; i < w->groups * 8; i++) { /* steps k4 and k4 + 1 of 8 rows */
-        __m256i v = load_bytes(w->codes + 32 * i);
-        uint8_t *to = codes + i / 2 * 128 + i % 2 * 32;
-        _mm256_storeu_si256((void *)to, _mm256_and_si256(v, mask));
-        _mm256_storeu_si256((void *)(to + 64), _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
+    for (size_t g = 0; g < w->groups; g++) {
+        const uint8_t *from = w->codes + g * fl_code_bytes(format);
+        switch (format) {
+        case FL_Q5: unpack_group(FL_Q5, codes + g * 512, from); break;
+        case FL_Q6: unpack_group(FL_Q6, codes + g * 512, from); break;
+        default: unpack_group(FL_Q4, codes + g * 512, from); break;
+        }
     }
     for (size_t i = 0; i < w->groups * FL_BLOCK_ROWS; i += 8) {
         _mm256_storeu_ps(scales + i, load_halves((const uint16_t *)w->scales + i));
@@ -445,6 +513,59 @@ INLINE void rows8_q8(float *y, size_t stride, const uint8_t *codes, const float 
     UNROLL for (int t = 0; t < FL_TILE; t++) _mm256_storeu_ps(y + (size_t)t * stride, acc[t]);
 }
 
+/* 8 rows of q5 or q6 by a whole tile, unpacked: as many steps as fit are added in 16 bits. */
+INLINE void rows8_planes(fl_format format, float *y, size_t stride, const uint8_t *codes,
+                         const float *scales, size_t groups, const tokens *x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const size_t steps = format == FL_Q5 ? 4 : 2;
+    const int32_t *x_codes = x->codes, *x_offset = x->offset;
+    const float *x_scale = x->scale;
+    __m256 acc[FL_TILE];
+    UNROLL for (int t = 0; t < FL_TILE; t++) acc[t] = _mm256_setzero_ps();
+    for (size_t g = 0; g < groups; g++) {
+        __m256i dot[FL_TILE];
+        UNROLL for (int t = 0; t < FL_TILE; t++) dot[t] = zero_offset(format, x_offset[t]);
+        for (size_t k4 = 0; k4 < 8; k4 += steps) {
+            __m256i w[4];
+            UNROLL for (size_t i = 0; i < steps; i++) w[i] = load_bytes(codes + (k4 + i) * 64);
+            UNROLL for (size_t t = 0; t < FL_TILE; t++) {
+                const int32_t *at = x_codes + k4 * FL_TILE + t;
+                __m256i p = _mm256_maddubs_epi16(w[0], _mm256_set1_epi32(at[0]));
+                UNROLL for (size_t i = 1; i < steps; i++) {
+                    __m256i v = _mm256_set1_epi32(at[i * FL_TILE]);
+                    p = _mm256_add_epi16(p, _mm256_maddubs_epi16(w[i], v));
+                }
+                dot[t] = _mm256_add_epi32(dot[t], _mm256_madd_epi16(p, ones));
+                KEEP(dot[t]);
+            }
+        }
+        __m256 s = _mm256_loadu_ps(scales);
+        UNROLL for (int t = 0; t < FL_TILE; t++) {
+            __m256 scale = _mm256_mul_ps(s, _mm256_set1_ps(x_scale[t]));
+            acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t]), scale, acc[t]);
+        }
+        codes += 512;
+        scales += FL_BLOCK_ROWS;
+        x_codes += 8 * FL_TILE;
+        x_scale += FL_TILE;
+        x_offset += FL_TILE;
+    }
+    UNROLL for (int t = 0; t < FL_TILE; t++) _mm256_storeu_ps(y + (size_t)t * stride, acc[t]);
+}
+
+static void whole_planes(fl_format format, float *y, size_t stride, const rows *w,
+                         const tokens *x) {
+    for (size_t half = 0; half < FL_BLOCK_ROWS; half += 8) {
+        const float *scales = (const float *)w->scales + half;
+        const uint8_t *codes = w->codes + half * 4;
+        if (format == FL_Q5) {
+            rows8_planes(FL_Q5, y + half, stride, codes, scales, w->groups, x);
+        } else {
+            rows8_planes(FL_Q6, y + half, stride, codes, scales, w->groups, x);
+        }
+    }
+}
+
 static void whole_q8(float *y, size_t stride, const rows *w, const q8_panel *p, const tokens *x) {
     for (size_t half = 0; half < FL_BLOCK_ROWS; half += 8) {
         rows8_q8(y + half, stride, w->codes + half * 4, p->scales + half, p->offsets + half,
@@ -454,23 +575,22 @@ static void whole_q8(float *y, size_t stride, const rows *w, const q8_panel *p, 
 
 static void gemm(float *y, size_t stride, const fl_linear *w, int32_t block0, int32_t block1,
                  const fl_act *act, void *panel) {
-    static rows16_function *const few[] = {few_q8, few_q4, few_q4m};
+    static rows16_function *const few[] = {few_q8, few_q4, few_q4m, few_q5, few_q6};
     int32_t whole = act->n > 2 * FL_TILE ? act->n / FL_TILE * FL_TILE : 0;
     for (size_t b = (size_t)block0; b < (size_t)block1; b++, y += FL_BLOCK_ROWS) {
         const rows packed = view_block(w, b);
         rows unpacked;
         q8_panel q8;
         if (whole && w->format == FL_Q8) q8 = prepare_q8(&packed, panel);
-        if (whole && w->format != FL_Q8) unpacked = unpack(&packed, panel);
+        if (whole && w->format != FL_Q8) unpacked = unpack(w->format, &packed, panel);
         for (int32_t t = 0; t < whole; t += FL_TILE) {
             const tokens x = view_tokens(act, t);
             float *to = y + (size_t)t * stride;
-            if (w->format == FL_Q8) {
-                whole_q8(to, stride, &packed, &q8, &x);
-            } else if (w->format == FL_Q4) {
-                whole_q4(to, stride, &unpacked, &x, FL_TILE);
-            } else {
-                whole_q4m(to, stride, &unpacked, &x, FL_TILE);
+            switch (w->format) {
+            case FL_Q8: whole_q8(to, stride, &packed, &q8, &x); break;
+            case FL_Q4: whole_q4(to, stride, &unpacked, &x, FL_TILE); break;
+            case FL_Q4M: whole_q4m(to, stride, &unpacked, &x, FL_TILE); break;
+            default: whole_planes(w->format, to, stride, &unpacked, &x); break;
             }
         }
         multiply_few(y, stride, &packed, act, whole, few[w->format]);

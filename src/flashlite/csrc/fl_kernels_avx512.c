@@ -275,17 +275,15 @@ typedef struct {
     const uint16_t *scales, *mins;
 } cursor;
 
-INLINE size_t code_bytes(fl_format format) { return format == FL_Q8 ? 512 : 256; }
-
 INLINE cursor cursor_at(fl_format format, const fl_linear *w, int32_t block) {
     size_t group = (size_t)block * (size_t)w->groups;
-    return (cursor){.codes = w->codes + group * code_bytes(format),
+    return (cursor){.codes = w->codes + group * fl_code_bytes(format),
                     .scales = w->scales + group * FL_BLOCK_ROWS,
                     .mins = format == FL_Q4M ? w->mins + group * FL_BLOCK_ROWS : NULL};
 }
 
 INLINE void advance(fl_format format, cursor *at) {
-    at->codes += code_bytes(format);
+    at->codes += fl_code_bytes(format);
     at->scales += FL_BLOCK_ROWS;
     if (format == FL_Q4M) at->mins += FL_BLOCK_ROWS;
 }
@@ -293,29 +291,42 @@ INLINE void advance(fl_format format, cursor *at) {
 /* Ask for part `part` of `parts` of one group, `groups` behind this one. */
 INLINE void prefetch_group(fl_format format, const cursor *at, size_t groups, size_t part,
                            size_t parts) {
-    size_t lines = code_bytes(format) / 64;
+    size_t lines = fl_code_bytes(format) / 64;
     for (size_t i = lines * part / parts; i < lines * (part + 1) / parts; i++) {
-        prefetch(at->codes, groups * code_bytes(format) + 64 * i);
+        prefetch(at->codes, groups * fl_code_bytes(format) + 64 * i);
     }
     if (part > 0) return;
     prefetch(at->scales, groups * FL_BLOCK_ROWS * sizeof *at->scales);
     if (format == FL_Q4M) prefetch(at->mins, groups * FL_BLOCK_ROWS * sizeof *at->mins);
 }
 
-/* Columns 4 k4 .. 4 k4 + 3 of the 16 rows, unsigned: code + 128 for q8, the nibble for q4, q4m. */
+/* The bits above the nibbles of step k4, in their places; other bits are anything. A plane is turned
+ * as whole dwords, so that each of its bytes loses none. */
+INLINE __m512i high_bits(fl_format format, const uint8_t *planes, size_t k4) {
+    size_t bits = fl_high_bits(format), place = k4 * bits % 8;
+    __m512i plane = _mm512_loadu_si512(planes + k4 * bits / 8 * 64);
+    return _mm512_rorv_epi32(plane, _mm512_set1_epi32((int)(28 + place) & 31));
+}
+
+/* Columns 4 k4 .. 4 k4 + 3 of the 16 rows, unsigned: code + 128 for q8, else the code as stored. */
 INLINE __m512i columns(fl_format format, const uint8_t *codes, size_t k4) {
     if (format == FL_Q8) {
         return _mm512_xor_si512(_mm512_loadu_si512(codes + 64 * k4), _mm512_set1_epi8((char)0x80));
     }
     __m512i both = _mm512_loadu_si512(codes + 64 * (k4 / 2));
     if (k4 % 2) both = _mm512_srli_epi16(both, 4);
-    return _mm512_and_si512(both, _mm512_set1_epi8(15));
+    both = _mm512_and_si512(both, _mm512_set1_epi8(15));
+    if (fl_high_bits(format) == 0) return both;
+    __m512i above = _mm512_set1_epi8(format == FL_Q5 ? 16 : 48);
+    return _mm512_ternarylogic_epi32(both, high_bits(format, codes + 256, k4), above,
+                                     0xf8); /* a | (b & c) */
 }
 
-/* What takes the offset of the unsigned codes (128 for q8, 8 for q4) off again. */
+/* What takes the zero of the unsigned codes (128 for q8, else 8, 16 or 32) off again. */
 INLINE __m512i start(fl_format format, int32_t offset) {
     if (format == FL_Q4M) return _mm512_setzero_si512();
-    return _mm512_set1_epi32(format == FL_Q8 ? offset : offset >> 4);
+    int shift = format == FL_Q8 ? 0 : format == FL_Q4 ? 4 : format == FL_Q5 ? 3 : 2;
+    return _mm512_set1_epi32(offset >> shift);
 }
 
 /* acc + dot * scale * scale_x */
@@ -329,7 +340,7 @@ INLINE void gemv_as(fl_format format, float *y, const fl_linear *w, int32_t bloc
                     const fl_act *act) {
     cursor at = cursor_at(format, w, block0);
     /* What follows a block that stands alone is not read. */
-    size_t ahead = block1 - block0 > 1 ? AHEAD / code_bytes(format) : 0;
+    size_t ahead = block1 - block0 > 1 ? AHEAD / fl_code_bytes(format) : 0;
     for (int32_t b = block0; b < block1; b++, y += FL_BLOCK_ROWS) {
         const int32_t *x = act->codes;
         __m512 acc = _mm512_setzero_ps();
@@ -357,10 +368,12 @@ static void gemv(float *y, const fl_linear *w, int32_t block0, int32_t block1, c
     case FL_Q8: gemv_as(FL_Q8, y, w, block0, block1, act); break;
     case FL_Q4: gemv_as(FL_Q4, y, w, block0, block1, act); break;
     case FL_Q4M: gemv_as(FL_Q4M, y, w, block0, block1, act); break;
+    case FL_Q5: gemv_as(FL_Q5, y, w, block0, block1, act); break;
+    case FL_Q6: gemv_as(FL_Q6, y, w, block0, block1, act); break;
     }
 }
 
-/* One group of n = 1 or 2 row blocks, made ready for many tokens: codes as unsigned bytes (raised by
+/* One group of n = 1 or 2 row blocks, made ready for many tokens: codes as unsigned bytes (zero is
  * 128; q4m as they are), scales and mins as floats. */
 typedef struct {
     uint8_t codes[8][2][64];
@@ -374,7 +387,8 @@ INLINE void unpack(fl_format format, panel_group *panel, const fl_linear *w, int
             panel_group *to = panel + g;
             UNROLL for (size_t k4 = 0; k4 < 8; k4++) {
                 __m512i four = columns(format, at.codes, k4);
-                if (format == FL_Q4) four = _mm512_add_epi8(four, _mm512_set1_epi8(128 - 8));
+                int raise = format == FL_Q8 || format == FL_Q4M ? 0 : 128 - fl_zero_code(format);
+                if (raise) four = _mm512_add_epi8(four, _mm512_set1_epi8((char)raise));
                 _mm512_storeu_si512(to->codes[k4][b], four);
             }
             _mm512_storeu_ps(to->scale[b], load_half(at.scales));
@@ -407,7 +421,7 @@ INLINE void multiply_tile(fl_format format, int tokens, int n, int direct, float
     for (int32_t g = 0; g < groups; g++) {
         __m512i dot[FL_TILE][2];
         UNROLL for (int t = 0; t < tokens; t++) {
-            dot[t][0] = dot[t][1] = start(!direct && format == FL_Q4 ? FL_Q8 : format, offset[t]);
+            dot[t][0] = dot[t][1] = start(direct || format == FL_Q4M ? format : FL_Q8, offset[t]);
         }
         UNROLL_COLUMNS for (size_t k4 = 0; k4 < 8; k4++) {
             __m512i w0, w1;
@@ -463,7 +477,7 @@ INLINE void multiply_blocks(fl_format format, int n, float *y, size_t stride, co
         .coming = {cursor_at(format, w, next), cursor_at(format, w, next + last)},
         .parts = ((size_t)act->n + FL_TILE - 1) / FL_TILE,
     };
-    if (tiles.parts > code_bytes(format) / 64) tiles.parts = code_bytes(format) / 64;
+    if (tiles.parts > fl_code_bytes(format) / 64) tiles.parts = fl_code_bytes(format) / 64;
     if (!direct) unpack(format, panel, w, block, n);
     for (; t + FL_TILE <= act->n; t += FL_TILE, y += FL_TILE * stride, x += tile, tiles.part++) {
         if (direct) {
@@ -498,6 +512,8 @@ static void gemm(float *y, size_t stride, const fl_linear *w, int32_t block0, in
     case FL_Q8: gemm_as(FL_Q8, y, stride, w, block0, block1, act, panel); break;
     case FL_Q4: gemm_as(FL_Q4, y, stride, w, block0, block1, act, panel); break;
     case FL_Q4M: gemm_as(FL_Q4M, y, stride, w, block0, block1, act, panel); break;
+    case FL_Q5: gemm_as(FL_Q5, y, stride, w, block0, block1, act, panel); break;
+    case FL_Q6: gemm_as(FL_Q6, y, stride, w, block0, block1, act, panel); break;
     }
 }
 

@@ -25,8 +25,8 @@ static void unpack(float weights[FL_GROUP][FL_BLOCK_ROWS], const fl_linear *w, s
             if (w->format == FL_Q8) {
                 code = (int8_t)w->codes[group * 512 + c / 4 * 64 + r * 4 + c % 4];
             } else {
-                uint8_t pair = w->codes[group * 256 + c / 8 * 64 + r * 4 + c % 4];
-                code = (c % 8 < 4 ? pair & 15 : pair >> 4) - (w->format == FL_Q4 ? 8 : 0);
+                const uint8_t *codes = w->codes + group * fl_code_bytes(w->format);
+                code = fl_code_at(w->format, codes, r, c) - fl_zero_code(w->format);
             }
             weights[c][r] = (float)code * scale + min;
         }

@@ -54,12 +54,17 @@ static void unpack(int8_t codes[512], const fl_linear *w, size_t group) {
         memcpy(codes, w->codes + group * 512, 512);
         return;
     }
-    int zero = w->format == FL_Q4 ? 8 : 0;
-    for (size_t i = 0; i < 4; i++) {
-        const uint8_t *packed = w->codes + group * 256 + i * 64;
+    size_t bits = fl_high_bits(w->format);
+    int zero = fl_zero_code(w->format), above = (1 << bits) - 1;
+    const uint8_t *low = w->codes + group * fl_code_bytes(w->format), *high = low + 256;
+    for (size_t k4 = 0; k4 < 8; k4++, codes += 64) {
+        const uint8_t *nibbles = low + k4 / 2 * 64;
+        size_t half = k4 % 2 * 4, place = k4 * bits % 8;
+        for (size_t j = 0; j < 64; j++) codes[j] = (int8_t)((nibbles[j] >> half & 15) - zero);
+        if (bits == 0) continue;
+        const uint8_t *plane = high + k4 * bits / 8 * 64;
         for (size_t j = 0; j < 64; j++) {
-            codes[i * 128 + j] = (int8_t)((packed[j] & 15) - zero);
-            codes[i * 128 + 64 + j] = (int8_t)((packed[j] >> 4) - zero);
+            codes[j] = (int8_t)(codes[j] + ((plane[j] >> place & above) << 4));
         }
     }
 }

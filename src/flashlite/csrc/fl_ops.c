@@ -20,23 +20,22 @@ static void look_up(const fl_thread *t, const fl_table *table, int32_t token, fl
         return;
     }
     fl_linear w = linear(t, &table->packed);
-    size_t group_bytes = w.format == FL_Q8 ? 512 : 256;
     size_t lane = (size_t)token % FL_BLOCK_ROWS;
     size_t first = (size_t)token / FL_BLOCK_ROWS * (size_t)w.groups;
     for (int32_t g = 0; g < w.groups; g++) {
         size_t cell = first + (size_t)g;
-        const uint8_t *codes = w.codes + cell * group_bytes + lane * 4;
+        const uint8_t *codes = w.codes + cell * fl_code_bytes(w.format);
         float s = fl_half_to_float(w.scales[cell * FL_BLOCK_ROWS + lane]);
         float m = w.mins ? fl_half_to_float(w.mins[cell * FL_BLOCK_ROWS + lane]) : 0.0f;
         for (int32_t j = 0; j < FL_GROUP && g * FL_GROUP + j < d; j++) {
-            float value;
+            int code;
             if (w.format == FL_Q8) {
-                value = s * (float)(int8_t)codes[j / 4 * 64 + j % 4];
+                code = (int8_t)codes[j / 4 * 64 + (int32_t)lane * 4 + j % 4];
             } else {
-                uint8_t pair = codes[j / 8 * 64 + j % 4];
-                int code = j % 8 < 4 ? pair & 15 : pair >> 4;
-                value = w.format == FL_Q4 ? s * (float)(code - 8) : s * (float)code + m;
+                code = fl_code_at(w.format, codes, lane, (size_t)j) - fl_zero_code(w.format);
             }
+            float value = s * (float)code;
+            if (w.format == FL_Q4M) value += m;
             x[g * FL_GROUP + j] = value * scale;
         }
     }

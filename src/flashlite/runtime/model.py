@@ -307,7 +307,7 @@ def load(
         max_sequence_length: positions of one conversation; None: the model's own context.
         enable_integrity_check: compare every file with the manifest before use.
         threads: None: one per core this process may use.
-        preset: `import`, `hybrid`, `q8` or `q4`, when the artifact has to be made.
+        preset: `import`, `hybrid`, `q8`, `q6`, `q5` or `q4`, when the artifact has to be made.
         max_sequences: conversations that run at once.
         prefix_cache: reuse what prompts that begin equally stored, also after a restart.
         speculate: check guessed tokens, where that is faster; the answer stays the same.

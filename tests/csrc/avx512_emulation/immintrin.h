@@ -225,6 +225,35 @@ FL_EMU __m512i emulate_permutexvar_epi32(__m512i order, __m512i a) {
     return emulate_loadu_si512(to);
 }
 
+/* Each dword turned right by the low five bits of its count. */
+FL_EMU __m512i emulate_rorv_epi32(__m512i a, __m512i counts) {
+    uint32_t from[16], count[16];
+    memcpy(from, &a, sizeof a);
+    memcpy(count, &counts, sizeof counts);
+    for (int i = 0; i < 16; i++) {
+        unsigned n = count[i] & 31;
+        from[i] = n ? from[i] >> n | from[i] << (32 - n) : from[i];
+    }
+    return emulate_loadu_si512(from);
+}
+
+/* Bit by bit: `table` at the number that the bits of a, b and c spell. */
+FL_EMU __m512i emulate_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
+    uint8_t bytes[3][64];
+    memcpy(bytes[0], &a, sizeof a);
+    memcpy(bytes[1], &b, sizeof b);
+    memcpy(bytes[2], &c, sizeof c);
+    for (int i = 0; i < 64; i++) {
+        uint8_t x = bytes[0][i], y = bytes[1][i], z = bytes[2][i], all = 0;
+        for (int n = 0; n < 8; n++) {
+            uint8_t at = (uint8_t)((n & 4 ? x : ~x) & (n & 2 ? y : ~y) & (n & 1 ? z : ~z));
+            if (table >> n & 1) all |= at;
+        }
+        bytes[0][i] = all;
+    }
+    return emulate_loadu_si512(bytes[0]);
+}
+
 /* Dwords to bytes, saturated. */
 FL_EMU __m128i emulate_cvtsepi32_epi8(__m512i a) {
     int32_t from[16];
@@ -271,6 +300,8 @@ FL_EMU __m128i emulate_cvtsepi32_epi8(__m512i a) {
 #undef _mm512_shuffle_ps
 #define _mm512_shuffle_ps emulate_shuffle_ps
 #define _mm512_storeu_si512(to, a) memcpy(to, &(a), 64)
+#undef _mm512_ternarylogic_epi32
+#define _mm512_ternarylogic_epi32 emulate_ternarylogic_epi32
 #define _mm512_unpackhi_epi32 emulate_unpackhi_epi32
 #define _mm512_unpackhi_ps emulate_unpackhi_ps
 #define _mm512_unpacklo_epi32 emulate_unpacklo_epi32
@@ -296,6 +327,7 @@ FL_EMU __m128i emulate_cvtsepi32_epi8(__m512i a) {
 #define _mm512_mul_ps emulate_mul_ps
 #undef _mm512_permute_ps
 #define _mm512_permute_ps emulate_permute_ps
+#define _mm512_rorv_epi32 emulate_rorv_epi32
 #define _mm512_set1_epi32 emulate_set1_epi32
 #define _mm512_set1_epi8 emulate_set1_epi8
 #define _mm512_set1_ps emulate_set1_ps

@@ -93,10 +93,10 @@ static fl_act make_tall(const fl_act *from) {
 static void fuzz_product(fz_input *in, int32_t n, int32_t most_groups, int32_t most_blocks) {
     int32_t groups = fz_between(in, 1, most_groups), blocks = fz_between(in, 1, most_blocks);
     int32_t block0 = fz_between(in, 0, blocks - 1), block1 = fz_between(in, block0 + 1, blocks);
-    fl_linear w = {.format = (fl_format)fz_below(in, 3), .blocks = blocks, .groups = groups};
+    fl_linear w = {.format = (fl_format)fz_below(in, 5), .blocks = blocks, .groups = groups};
     w.rows = blocks * FL_BLOCK_ROWS - fz_between(in, 0, FL_BLOCK_ROWS - 1);
     w.cols = groups * FL_GROUP - fz_between(in, 0, FL_GROUP - 1);
-    size_t cells = (size_t)blocks * (size_t)groups, bytes = cells * (w.format == FL_Q8 ? 512 : 256);
+    size_t cells = (size_t)blocks * (size_t)groups, bytes = cells * fl_code_bytes(w.format);
     uint8_t *codes = fz_get(bytes);
     fz_bytes(in, codes, bytes);
     w.codes = codes;
