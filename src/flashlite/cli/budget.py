@@ -431,7 +431,7 @@ class _Job:
                 decided=prepare.Decided(self.source, plan, {}, {}),
                 progress=self.progress,
             )
-            total = ledger_total(artifact.path, self.request.context)
+            total = _ledger_total(artifact.path, self.request.context)
         return total - self._unit_bytes(plan)
 
     def artifact_path(self) -> Path:
@@ -535,7 +535,7 @@ def make(request: Request, progress: Progress | None = None) -> Result:
     )
 
 
-def ledger_total(artifact: Path, context: int | None) -> int:
+def _ledger_total(artifact: Path, context: int | None) -> int:
     """Bytes that a process running this artifact may come to hold, as it counts them itself.
 
     Raises:

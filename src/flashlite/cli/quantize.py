@@ -25,7 +25,7 @@ _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    help=f"What `flashlite analyze` wrote ({CONFIG}): formats are chosen by it.",
+    help="What `flashlite analyze` wrote: formats are chosen by it.",
 )
 @click.option("--model", "new", metavar="MODEL", help="Apply the config's plan to another model.")
 @click.option(
@@ -83,9 +83,10 @@ def command(
 ) -> None:
     """Quantize MODEL into an artifact, a directory NAME.fl.
 
-    MODEL is a known name, hf:ORG/NAME, or the path of a GGUF file or a safetensors folder. With
-    --config the model is the one that was analyzed, and each part of it gets the format that its
-    sensitivity and the budget call for.
+    MODEL is a known name, hf:ORG/NAME, or the path of a GGUF file or a safetensors folder.
+
+    With --config the model is the one that was analyzed, and each part of it gets the format that
+    its sensitivity and the budget call for.
 
     \b
     Examples:
@@ -99,7 +100,7 @@ def command(
     budget = Budget(
         None if target_size is None else parse_size(target_size),
         None if target_ram is None else parse_size(target_ram),
-        None if target_latency is None else parse_time(target_latency),
+        None if target_latency is None else _parse_time(target_latency),
         max_kl,
     )
     ceiling = None if max_mem is None else parse_size(max_mem)
@@ -139,7 +140,7 @@ def command(
     _show(result, as_json)
 
 
-def parse_time(text: str) -> float:
+def _parse_time(text: str) -> float:
     """Seconds of `5ms`, `800us` or `0.01s`.
 
     Raises:

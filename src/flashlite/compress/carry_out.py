@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from flashlite.compress.workspace import Workspace
     from flashlite.model.source import SourceModel
 
-__all__ = ["Carried", "Limits", "carry_out"]
+__all__ = ["Carried", "Limits", "carry_out", "gains_of"]
 
 Weights = Callable[[str], Floats]
 Progress = Callable[[str, int, int], None]
@@ -159,7 +159,7 @@ class _Run:
 
     def table_weights(self, name: str, fmt: str) -> Floats:
         """The same as floats; one format at a time is kept, and the source's where it is equal."""
-        if kept_grid_formats(self.source, name, fmt):
+        if _keeps(self.source, name, fmt):
             return self.weights(name)
         if (name, fmt) not in self._table_weights:
             self._table_weights.clear()
@@ -247,7 +247,7 @@ def carry_out(
     point = _first(items, limits)
     for attempt in range(_ROUNDS):
         rounded = run.walk(point, items)
-        gains = _gains(analysis, rounded)
+        gains = gains_of(analysis, rounded)
         only = neighbours(items, point.formats)
         refined = items_of(
             analysis, source.spec, cost=limits.cost, forced=run.forced, gains=gains, only=only
@@ -360,7 +360,7 @@ def _within(
     return best, best.formats == coarsest.formats
 
 
-def _gains(analysis: Analysis, rounded: Mapping[str, Rounded]) -> dict[tuple[str, str], float]:
+def gains_of(analysis: Analysis, rounded: Mapping[str, Rounded]) -> dict[tuple[str, str], float]:
     """By unit and format: the outputs' error after rounding, of that of plain rounding."""
     found: dict[tuple[str, str], float] = {}
     for unit in analysis.units:
@@ -375,13 +375,13 @@ def _gains(analysis: Analysis, rounded: Mapping[str, Rounded]) -> dict[tuple[str
 def _embed_loss(run: _Run, formats: Mapping[str, str]) -> float:
     """What the table alone loses; nothing where it keeps the source's grid."""
     unit = run.units["embed"]
-    if kept_grid_formats(run.source, "embed", formats[unit]):
+    if _keeps(run.source, "embed", formats[unit]):
         return 0.0
     table = run.table_weights("embed", formats[unit])
     return run.measure(lambda name: table if name == "embed" else run.weights(name))
 
 
-def kept_grid_formats(source: SourceModel, name: str, fmt: str) -> bool:
+def _keeps(source: SourceModel, name: str, fmt: str) -> bool:
     """Whether the format holds this tensor of the source without loss."""
     from flashlite.compress.tensors import keeps_grid
 
