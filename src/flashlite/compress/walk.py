@@ -38,13 +38,8 @@ __all__ = ["Rounded", "Rounding", "quantize_layers"]
 Weights = Callable[[str], Floats]
 Ids = NDArray[np.int32]
 
-# What reads the same inputs, in forward order: (kinds, the half of the layer they belong to).
-_STAGES: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("q", "k", "v"), "attention"),
-    (("o",), "attention"),
-    (("gate", "up"), "mlp"),
-    (("down",), "mlp"),
-)
+# What reads the same inputs, in forward order.
+_STAGES: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Rounding:
     steps: tuple[str, ...] = ("search", "gptq", "descent")
     sweeps: int = 2
     damping: float = DAMPING
-    feedback: float = 1.0
+    feedback: float = 0.5
     skip: int = 1  # positions at the start of a sequence that are not counted
 
 
@@ -124,18 +119,24 @@ class _Stream:
         self._inputs: Floats | None = None
         self.reference = Reference(spec, weights, self._observe)
         self.states = [self.reference.embed(ids) for ids in sequences]
+        self._read: list[Floats] = [np.empty((0, 0), np.float32)] * len(sequences)
 
     def _observe(self, name: str, inputs: Floats) -> None:
         if name == self._wanted:
             self._inputs = inputs
             raise _Reached
 
-    def inputs(self, i: int, half: str, kind: str, at: int) -> Floats:
-        """What a matrix of layer `i` reads in one sequence."""
+    def inputs(self, i: int, kind: str, at: int) -> Floats:
+        """What a matrix of layer `i` reads in one sequence; `o` and `down` are asked for before
+        `advance`.
+        """
+        x, reference = self.states[at], self.reference
+        if kind in ("o", "down"):
+            self._read[at] = reference.attended(i, x) if kind == "o" else reference.gated(i, x)
+            return self._read[at]
         self._wanted, self._inputs = f"layers.{i}.{kind}", None
-        run = self.reference.attention if half == "attention" else self.reference.mlp
         try:
-            run(i, self.states[at])
+            (reference.attended if kind == "q" else reference.gated)(i, x)
         except _Reached:
             pass
         finally:
@@ -144,11 +145,17 @@ class _Stream:
             raise CompressError(f"layers.{i}.{kind} is not part of the model")
         return self._inputs
 
-    def advance(self, i: int, half: str) -> None:
-        """Through one half of a layer."""
-        run = self.reference.attention if half == "attention" else self.reference.mlp
+    def read(self, i: int, kind: str) -> None:
+        """Compute what `o` or `down` reads, without looking at it."""
+        for at in range(len(self.states)):
+            self.inputs(i, kind, at)
+
+    def advance(self, i: int, kind: str) -> None:
+        """Through the half of a layer that ends with `o` or `down`."""
+        run = self.reference.attention_out if kind == "o" else self.reference.mlp_out
         for at, x in enumerate(self.states):
-            self.states[at] = x + run(i, x)
+            self.states[at] = x + run(i, self._read[at])
+            self._read[at] = np.empty((0, 0), np.float32)
 
 
 def quantize_layers(
@@ -205,14 +212,15 @@ def quantize_layers(
     for i in range(spec.n_layers):
         before = {rounded.name: rounded for rounded in done(i) or ()}
         found: list[Rounded] = []
-        for kinds, half in _STAGES:
+        for kinds in _STAGES:
             names = [f"layers.{i}.{kind}" for kind in kinds]
             if all(name in before for name in names):
+                for stream in (ours, theirs):
+                    if stream is not None and kinds[0] in ("o", "down"):
+                        stream.read(i, kinds[0])
                 found += [before[name] for name in names]
             else:
-                fitting, judging = _moments(
-                    spec, i, kinds[0], half, ours, theirs, len(sequences), how
-                )
+                fitting, judging = _moments(spec, i, kinds[0], ours, theirs, len(sequences), how)
                 curve = curvature(fitting.second, how.damping)
                 found += [
                     _round(name, original(name), formats[name], curve, fitting, judging, how, keep)
@@ -222,9 +230,9 @@ def quantize_layers(
                 cols = original(rounded.name).shape[1]
                 held[f"{rounded.name} stored"] = weights_of(rounded.matrices[rounded.format], cols)
             if kinds[-1] in ("o", "down"):
-                ours.advance(i, half)
+                ours.advance(i, kinds[-1])
                 if theirs is not None:
-                    theirs.advance(i, half)
+                    theirs.advance(i, kinds[-1])
         held.clear()
         yield found
         if progress is not None:
@@ -235,7 +243,6 @@ def _moments(
     spec: ModelSpec,
     i: int,
     kind: str,
-    half: str,
     ours: _Stream,
     theirs: _Stream | None,
     fitted: int,
@@ -245,8 +252,8 @@ def _moments(
     cols = {"o": spec.q_rows, "down": spec.d_ff}.get(kind, spec.d_model)
     found = _Moments(cols), _Moments(cols)
     for at in range(len(ours.states)):
-        inputs = ours.inputs(i, half, kind, at)[how.skip :]
-        source = None if theirs is None else theirs.inputs(i, half, kind, at)[how.skip :]
+        inputs = ours.inputs(i, kind, at)[how.skip :]
+        source = None if theirs is None else theirs.inputs(i, kind, at)[how.skip :]
         found[at >= fitted].add(inputs, source)
     for moments in found:
         moments.close()

@@ -92,6 +92,10 @@ class Reference:
 
     def attention(self, i: int, x: Floats) -> Floats:
         """What the attention of layer `i` adds to the residual `x`."""
+        return self.attention_out(i, self.attended(i, x))
+
+    def attended(self, i: int, x: Floats) -> Floats:
+        """What `o` of layer `i` reads: every head's mix of values, (positions, q_rows)."""
         spec, layer = self.spec, f"layers.{i}."
         cos, sin = rope_tables(spec, np.arange(len(x)), spec.slides(i))
         x = self._norm(layer + "attn_norm", x)
@@ -105,7 +109,12 @@ class Reference:
             _attend(q[h], k[h // group], v[h // group], spec.softmax_scale, window)
             for h in range(spec.n_heads)
         ]
-        y = self._linear(layer + "o", np.concatenate(heads, axis=-1))
+        return np.concatenate(heads, axis=-1)
+
+    def attention_out(self, i: int, mixed: Floats) -> Floats:
+        """What the attention adds to the residual, given what `attended` returns."""
+        spec, layer = self.spec, f"layers.{i}."
+        y = self._linear(layer + "o", mixed)
         return self._norm(layer + "post_attn_norm", y) if spec.post_norms else y
 
     def _project(self, name: str, x: Floats) -> Floats:
@@ -118,11 +127,21 @@ class Reference:
 
     def mlp(self, i: int, x: Floats) -> Floats:
         """What the MLP of layer `i` adds to the residual `x`."""
+        return self.mlp_out(i, self.gated(i, x))
+
+    def gated(self, i: int, x: Floats) -> Floats:
+        """What `down` of layer `i` reads: the neurons, (positions, d_ff)."""
         spec, layer = self.spec, f"layers.{i}."
         x = self._norm(layer + "ffn_norm", x)
         gate, up = (self._linear(layer + name, x) for name in ("gate", "up"))
         act = _silu if spec.activation == "silu" else _gelu_tanh
-        y = self._linear(layer + "down", act(gate) * up)
+        neurons: Floats = act(gate) * up
+        return neurons
+
+    def mlp_out(self, i: int, neurons: Floats) -> Floats:
+        """What the MLP adds to the residual, given what `gated` returns."""
+        spec, layer = self.spec, f"layers.{i}."
+        y = self._linear(layer + "down", neurons)
         return self._norm(layer + "post_ffn_norm", y) if spec.post_norms else y
 
     def _linear(self, name: str, x: Floats) -> Floats:
