@@ -220,7 +220,7 @@ def round_all(
         for name, unit in units.items()
         if name.startswith("layers.")
     }
-    fit, held = split_sequences(analysis.calibration.sequences)
+    fit, held = split_sequences(analysis.calibration)
     store = Workspace(folder)
     found: dict[str, Rounded] = {}
     layers = quantize_layers(
@@ -303,7 +303,7 @@ def main() -> None:
     measured = Measured(
         source, windows(analysis.model.name, source, options.windows, 512), options.positions
     )
-    _, held_ids = split_sequences(analysis.calibration.sequences)
+    _, held_ids = split_sequences(analysis.calibration)
     held = HeldBack(source.spec, measured.original, held_ids, positions=512)
     bits = [float(word) for word in options.bits.split(",")]
     items = body_items(items_of(analysis, source.spec))

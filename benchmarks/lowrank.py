@@ -89,7 +89,7 @@ def main() -> None:
     body = body_of(source)
     text = windows(analysis.model.name, source, options.windows, 512)
     measured = Measured(source, text, options.positions)
-    fit, _ = split_sequences(analysis.calibration.sequences)
+    fit, _ = split_sequences(analysis.calibration)
     found: dict[str, dict[str, NDArray[np.float16]]] = {}
     seconds = _seconds(body, fit)
     for name, second in seconds:

@@ -52,5 +52,7 @@ def test_a_digest_that_is_no_number_is_refused(tiny: Artifact) -> None:
 def test_a_format_without_a_kernel_is_fl_612(tiny: Artifact) -> None:
     formats = dict(tiny.plan.formats) | {"layers.0.q": "f16"}
     changed = replace(tiny, plan=replace(tiny.plan, formats=formats))
-    with pytest.raises(UnsupportedTarget, match=r"FL-612: layers.0.q is stored as f16.*q8, q6, q5, q4"):
+    with pytest.raises(
+        UnsupportedTarget, match=r"FL-612: layers.0.q is stored as f16.*q8, q6, q5, q4"
+    ):
         emit_model(changed, "plain")

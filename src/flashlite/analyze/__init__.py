@@ -1,1 +1,1 @@
-"""Measure a model: what each of its parts may lose."""
+"""Measure a model: what each part costs, what its loss would do, what could be left out."""

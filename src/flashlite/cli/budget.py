@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Budget", "Request", "Result", "curve_of", "make", "read_config", "record"]
 
-LIMIT = 256 << 20  # bytes of a config that are read
 PRESETS: Mapping[str, float] = {"balanced": 0.05, "small": 0.2}  # most KL, in nats
 """Presets that need an analysis: the smallest artifact whose measured loss is at most this."""
 
@@ -146,23 +145,11 @@ def read_config(path: Path) -> Analysis:
     Raises:
         UsageError: there is no such file, or it is no analysis.
     """
-    from flashlite.analyze.analysis import Analysis
+    from flashlite.analyze.analysis import read_analysis
 
-    try:
-        with path.open("rb") as file:
-            data = file.read(LIMIT + 1)
-    except OSError as error:
-        raise UsageError(
-            f"{path}: {error.strerror}; make one with `flashlite analyze MODEL`"
-        ) from None
-    if len(data) > LIMIT:
-        raise UsageError(f"{path}: larger than {format_size(LIMIT)}, which no analysis is")
-    try:
-        return Analysis.from_json(json.loads(data))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(
-            f"{path}: not an analysis ({error}); make one with `flashlite analyze MODEL`"
-        ) from None
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; make one with `flashlite analyze MODEL`")
+    return read_analysis(path)
 
 
 def record(path: Path, analysis: Analysis, artifact: Path) -> None:
@@ -171,13 +158,13 @@ def record(path: Path, analysis: Analysis, artifact: Path) -> None:
     Raises:
         OSError: it cannot be written; the old file stays.
     """
-    from flashlite.checkpoint.fetch import write_note
+    from flashlite.analyze.analysis import write_analysis
 
     try:
         name = str(artifact.resolve().relative_to(path.resolve().parent))
     except ValueError:
         name = str(artifact.resolve())
-    write_note(path, replace(analysis, artifact=name).to_json())
+    write_analysis(replace(analysis, artifact=name), path)
 
 
 def curve_of(analysis: Analysis) -> list[dict[str, float]]:
@@ -209,7 +196,7 @@ class _Job:
     """One run: the model at hand and what has been made for it."""
 
     def __init__(self, request: Request, progress: Progress | None) -> None:
-        from flashlite.analyze.analysis import source_digest
+        from flashlite.analyze.digest import source_digest
         from flashlite.checkpoint.open import open_checkpoint
         from flashlite.compress.differential import split_sequences
         from flashlite.model.families import describe
@@ -225,7 +212,7 @@ class _Job:
         self.digest = source_digest(self.source)
         self._settle_model()
         self.forced, self.separate_embed = self._embed_format()
-        self.held = split_sequences(self.analysis.calibration.sequences)[1]
+        self.held = split_sequences(self.analysis.calibration)[1]
         self._table: NDArray[np.float32] | None = None
 
     def tensor(self, name: str) -> NDArray[np.float32]:
@@ -464,6 +451,7 @@ class _Job:
                 self.forced,
                 {name: list(found) for name, found in formats.items()},
                 [list(ids) for ids in calibration.sequences],
+                [list(ids) for ids in calibration.held_back],
             ]
         )
         return Workspace(paths.private_dir(paths.cache_dir() / "rounding") / key)

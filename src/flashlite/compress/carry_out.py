@@ -46,7 +46,7 @@ Progress = Callable[[str, int, int], None]
 _EXPECTED_GAIN = 0.6  # of a format's loss is left after rounding well, before it is known
 _TRIES = 8  # allocations whose loss is measured on the way to a wanted loss
 _NEAR = 0.93  # of the wanted loss: near enough
-_ROUNDS = 2  # walks through the layers, at most
+_ROUNDS = 3  # walks through the layers, at most
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class _Run:
         self.measure, self.workspace = measure, workspace
         self.forced, self.rounding, self.progress = forced, rounding, progress
         self.units = unit_of(analysis)
-        self.fit, self.held = split_sequences(analysis.calibration.sequences)
+        self.fit, self.held = split_sequences(analysis.calibration)
         self.tables: dict[tuple[str, str], Quantized] = {}  # what lies outside the layers
         self.store: Workspace | None = None
         self._importance: Floats | None = None
@@ -277,7 +277,7 @@ def carry_out(
                 )
             break
         # The wanted loss lies beyond the formats that were rounded: go there.
-        point = best
+        point = _beyond(items, best, loss(best.formats), limits.max_kl)
     done = polish(refined, best, loss, swaps=swaps, seconds=seconds, progress=run.stage("swap"))
     final = dict(done.formats)
     embed_kl = _embed_loss(run, final)
@@ -306,6 +306,19 @@ def carry_out(
         kept=sum(swap.kept for swap in done.swaps),
         notes=tuple(notes),
     )
+
+
+def _beyond(items: Sequence[Item], at: Point, measured: float, wanted: float) -> Point:
+    """Where the wanted loss should be met, if losses go on as they are at one allocation."""
+    expected = sum(
+        choice.kl
+        for item in items
+        for choice in item.choices
+        if choice.format == at.formats[item.name]
+    )
+    finest = allocate(items, sum(max(c.cost for c in item.choices) for item in items))
+    goal = 0.8 * wanted * expected / max(measured, 1e-12)
+    return finest if goal <= finest.kl else smallest_within(items, goal)
 
 
 def _given(limits: Limits) -> float:

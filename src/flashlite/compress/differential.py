@@ -24,7 +24,7 @@ from flashlite.errors import CompressError
 from flashlite.model.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from flashlite.analyze.analysis import Analysis
+    from flashlite.analyze.analysis import Analysis, Calibration
 
 __all__ = [
     "Goal",
@@ -271,21 +271,25 @@ def plan_of(
 
 
 def split_sequences(
-    sequences: Sequence[Sequence[int]], share: int = 8
+    calibration: Calibration,
 ) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
-    """Sequences to fit to, and every `share`-th, at least one, held back to judge by.
+    """Sequences to fit to, and those held back to judge by: the analysis's own, else every eighth.
 
     Raises:
         CompressError: there are fewer than two.
     """
-    if len(sequences) < 2:
+    rows = [np.asarray(ids, np.int32) for ids in calibration.sequences]
+    held = [np.asarray(ids, np.int32) for ids in calibration.held_back]
+    if rows and held:
+        return rows, held
+    rows += held
+    if len(rows) < 2:
         raise CompressError(
-            f"the config holds {len(sequences)} calibration sequences, at least 2 are needed: one "
+            f"the config holds {len(rows)} calibration sequences, at least 2 are needed: one "
             "to fit to and one to judge by; analyze again with more text"
         )
-    step = max(2, min(share, len(sequences)))
-    rows = [np.asarray(ids, np.int32) for ids in sequences]
-    held = [ids for at, ids in enumerate(rows) if at % step == step - 1]
+    step = max(2, min(8, len(rows)))
+    held = rows[step - 1 :: step]
     return [ids for at, ids in enumerate(rows) if at % step != step - 1], held
 
 

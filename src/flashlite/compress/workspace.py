@@ -46,7 +46,8 @@ class Workspace:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            # Opened here: of a damaged file the library would forget to close its own.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 about = json.loads(bytes(stored["about"]))
                 return [_rounded(entry, stored) for entry in about]
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
@@ -88,7 +89,8 @@ class Workspace:
             CompressError: it is not there.
         """
         try:
-            with np.load(self._path(int(name.split(".")[1])), allow_pickle=False) as stored:
+            path = self._path(int(name.split(".")[1]))
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 return _matrix(name, fmt, stored)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise CompressError(
