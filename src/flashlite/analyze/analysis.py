@@ -272,3 +272,6 @@ def _joined(text: str) -> str:
         lambda match: "[" + ", ".join(match[1].replace(",", " ").split()) + "]",
         text,
     )
+
+
+from flashlite.analyze.digest import source_digest  # noqa: E402,F401

@@ -239,6 +239,7 @@ class _Job:
         from flashlite.compress.differential import check_units, migrate
 
         found, about = self.digest, self.analysis.model
+        self.moved = found != about.digest
         if found == about.digest:
             check_units(self.analysis, self.source.spec)
             return
@@ -430,7 +431,9 @@ class _Job:
             stem = re.sub(r"[^A-Za-z0-9._-]+", "-", self.pulled.name).strip("-.") or "model"
             target = request.config.resolve().parent / f"{stem}.fl"
         recorded = self.analysis.artifact
-        ours = recorded is not None and (request.config.resolve().parent / recorded) == target
+        # What this config made may be made again, but not replaced by another model's.
+        ours = recorded is not None and not self.moved
+        ours = ours and request.config.resolve().parent / str(recorded) == target.resolve()
         if target.exists() and not (request.force or ours):
             raise UsageError(
                 f"{target} is there already; give --force to replace it, or another -o"
@@ -494,7 +497,8 @@ def make(request: Request, progress: Progress | None = None) -> Result:
     artifact = prepare.make_artifact(
         job.pulled, preset, target, head=job.split_head(goal), decided=decided, progress=progress
     )
-    record(request.config, job.analysis_read, artifact.path)
+    if not job.moved:
+        record(request.config, job.analysis_read, artifact.path)
     if carried.embed_kl > EMBED_LOSS:
         job.notes.append(str(EmbeddingLoss(carried.embed_kl, EMBED_LOSS)))
     size = sum(path.stat().st_size for path in artifact.path.iterdir())
