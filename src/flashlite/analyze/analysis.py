@@ -274,4 +274,3 @@ def _joined(text: str) -> str:
     )
 
 
-from flashlite.analyze.digest import source_digest  # noqa: E402,F401

@@ -207,6 +207,7 @@ class _Job:
         self.source = describe(open_checkpoint(self.pulled.path))
         self.analysis_read = self.analysis
         self.notes: list[str] = []
+        self.workspaces: list[Workspace] = []
         self.unmatched: list[str] = []
         self.before_kl: float | None = None
         self.digest = source_digest(self.source)
@@ -246,13 +247,13 @@ class _Job:
         if self.request.model is None:
             raise CompressError(
                 f"{self.pulled.path} is not the model that {self.request.config} was made from "
-                f"(digest {found[:16]}, it has {about.digest[:16]}): analyze it again, or give "
+                f"(digest {found[:23]}, it has {about.digest[:23]}): analyze it again, or give "
                 f"--model {self.pulled.path} to apply the old plan to it"
             )
         self.analysis, self.unmatched = migrate(self.analysis, self.source.spec)
         self.before_kl = self._recorded_kl()
         self.notes.append(
-            f"the plan was found for another model (digest {about.digest[:16]}); "
+            f"the plan was found for another model (digest {about.digest[:23]}); "
             "its losses are only a guess here, the measured one counts"
         )
 
@@ -457,7 +458,9 @@ class _Job:
                 [list(ids) for ids in calibration.held_back],
             ]
         )
-        return Workspace(paths.private_dir(paths.cache_dir() / "rounding") / key)
+        found = Workspace(paths.private_dir(paths.cache_dir() / "rounding") / key)
+        self.workspaces.append(found)
+        return found
 
 
 def make(request: Request, progress: Progress | None = None) -> Result:
@@ -497,6 +500,8 @@ def make(request: Request, progress: Progress | None = None) -> Result:
     artifact = prepare.make_artifact(
         job.pulled, preset, target, head=job.split_head(goal), decided=decided, progress=progress
     )
+    for workspace in job.workspaces:
+        workspace.remove()
     if not job.moved:
         record(request.config, job.analysis_read, artifact.path)
     if carried.embed_kl > EMBED_LOSS:
