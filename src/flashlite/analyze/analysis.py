@@ -272,5 +272,3 @@ def _joined(text: str) -> str:
         lambda match: "[" + ", ".join(match[1].replace(",", " ").split()) + "]",
         text,
     )
-
-

@@ -42,6 +42,7 @@ __all__ = ["Carried", "Limits", "carry_out", "gains_of"]
 
 Weights = Callable[[str], Floats]
 Progress = Callable[[str, int, int], None]
+_Loss = Callable[[Mapping[str, str]], float]
 
 _EXPECTED_GAIN = 0.6  # of a format's loss is left after rounding well, before it is known
 _TRIES = 8  # allocations whose loss is measured on the way to a wanted loss
@@ -150,6 +151,18 @@ class _Run:
 
         return get
 
+    def losses(self) -> _Loss:
+        """The measured loss of allocations of the last walk, each measured once."""
+        seen: dict[tuple[str, ...], float] = {}
+
+        def loss(formats: Mapping[str, str]) -> float:
+            key = tuple(formats[unit.name] for unit in self.analysis.units)
+            if key not in seen:
+                seen[key] = self.measure(self.stored(formats))
+            return seen[key]
+
+        return loss
+
     @property
     def kept(self) -> Workspace:
         """What the last walk made."""
@@ -244,6 +257,7 @@ def carry_out(
     )
     items = items_of(analysis, source.spec, cost=limits.cost, forced=run.forced)
     notes: list[str] = []
+    good: tuple[Point, list[Item], dict[str, Rounded], _Loss, Workspace] | None = None
     point = _first(items, limits)
     for attempt in range(_ROUNDS):
         rounded = run.walk(point, items)
@@ -252,32 +266,28 @@ def carry_out(
         refined = items_of(
             analysis, source.spec, cost=limits.cost, forced=run.forced, gains=gains, only=only
         )
-        measured: dict[tuple[str, ...], float] = {}
-
-        def loss(
-            formats: Mapping[str, str], seen: dict[tuple[str, ...], float] = measured
-        ) -> float:
-            key = tuple(formats[unit.name] for unit in analysis.units)
-            if key not in seen:
-                seen[key] = measure(run.stored(formats))
-            return seen[key]
-
+        loss = run.losses()
         if limits.max_kl is None:
             best = allocate(refined, _given(limits), what=limits.what)
             break
-        found = _within(refined, limits.max_kl, loss, run.stage("measure"))
-        best, edge = found
-        if not edge:
+        best, edge = _within(refined, limits.max_kl, loss, run.stage("measure"))
+        reached = loss(best.formats)
+        if reached <= limits.max_kl and (good is None or best.cost < good[0].cost):
+            good = (best, refined, rounded, loss, run.kept)
+        if not edge or attempt + 1 == _ROUNDS:
             break
-        if attempt + 1 == _ROUNDS:
-            if loss(best.formats) > limits.max_kl:
-                raise CompressError(
-                    f"a KL of at most {limits.max_kl:g} nats was not reached: the least measured "
-                    f"is {loss(best.formats):.4g}; allow more, or analyze with finer formats"
-                )
-            break
-        # The wanted loss lies beyond the formats that were rounded: go there.
-        point = _beyond(items, best, loss(best.formats), limits.max_kl)
+        # The wanted loss lies beyond the formats that were rounded: go there. Where the analysis
+        # has led astray once already, to the best there is.
+        point = _beyond(items, best, reached, limits.max_kl)
+        if attempt + 2 == _ROUNDS and good is None:
+            point = _finest(items)
+    if limits.max_kl is not None:
+        if good is None:
+            raise CompressError(
+                f"a KL of at most {limits.max_kl:g} nats was not reached: the least measured "
+                f"is {loss(best.formats):.4g}; allow more, or analyze with finer formats"
+            )
+        best, refined, rounded, loss, run.store = good
     done = polish(refined, best, loss, swaps=swaps, seconds=seconds, progress=run.stage("swap"))
     final = dict(done.formats)
     embed_kl = _embed_loss(run, final)
@@ -308,6 +318,10 @@ def carry_out(
     )
 
 
+def _finest(items: Sequence[Item]) -> Point:
+    return allocate(items, sum(max(c.cost for c in item.choices) for item in items))
+
+
 def _beyond(items: Sequence[Item], at: Point, measured: float, wanted: float) -> Point:
     """Where the wanted loss should be met, if losses go on as they are at one allocation."""
     expected = sum(
@@ -316,7 +330,7 @@ def _beyond(items: Sequence[Item], at: Point, measured: float, wanted: float) ->
         for choice in item.choices
         if choice.format == at.formats[item.name]
     )
-    finest = allocate(items, sum(max(c.cost for c in item.choices) for item in items))
+    finest = _finest(items)
     goal = 0.8 * wanted * expected / max(measured, 1e-12)
     return finest if goal <= finest.kl else smallest_within(items, goal)
 
@@ -342,7 +356,7 @@ def _within(
     """The cheapest allocation whose measured loss is at most `most`, and whether it lies at the
     edge of what was rounded.
     """
-    finest = allocate(items, sum(max(c.cost for c in item.choices) for item in items))
+    finest = _finest(items)
     coarsest = allocate(items, sum(min(c.cost for c in item.choices) for item in items))
     best: Point | None = None
     wanted, low, high = most, 0.0, float("inf")  # predicted losses: low is good enough, high is not
