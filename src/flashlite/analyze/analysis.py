@@ -169,7 +169,7 @@ class NeuronScores:
 
 @dataclass(frozen=True)
 class LayerScore:
-    """`redundancy` is 1 - cosine of the residual before and after: near 0, the layer adds little."""
+    """`redundancy` is 1 - cosine of the residual before and after: near 0, it adds little."""
 
     layer: int
     redundancy: float

@@ -100,9 +100,9 @@ def _plain(kind: Any, data: object, where: str) -> Any:
         if not isinstance(data, str) or not data.isprintable() or not 0 < len(data) <= _MAX_TEXT:
             raise _wrong(where, data, f"printable text of 1 to {_MAX_TEXT} characters")
     elif kind is int:
-        lowest = -_LARGEST if where.rpartition(".")[2] in _SIGNED else 0
-        if isinstance(data, bool) or not isinstance(data, int) or not lowest <= data <= _LARGEST:
-            raise _wrong(where, data, f"a whole number from {lowest} to 2^53")
+        least = -_LARGEST if where.rpartition(".")[2] in _SIGNED else 0
+        if isinstance(data, bool) or not isinstance(data, int) or not least <= data <= _LARGEST:
+            raise _wrong(where, data, f"a whole number from {least} to 2^53")
     elif kind is float:
         number = isinstance(data, (int, float)) and not isinstance(data, bool)
         if not number or not math.isfinite(float(data)) or abs(float(data)) > 1e30:  # type: ignore[arg-type]

@@ -18,13 +18,14 @@ import click
 from flashlite.cli import language, output
 from flashlite.errors import FlashliteError
 
-__all__ = ["VERBS", "main", "quantize"]
+__all__ = ["VERBS", "analyze", "main", "quantize"]
 
 # Every verb with its line of help. `flashlite.cli.VERB` is imported when it is used: `--help`
 # and a mistyped verb stay quick.
 VERBS = {
     "pull": "Fetch a pretrained model.",
     "inspect": "Show what a model, a file or an artifact holds.",
+    "analyze": "Measure what each part of a model loses in each format.",
     "quantize": "Compress a model into an artifact.",
     "compile": "Generate C for an artifact and build its library.",
     "run": "Complete a text.",
@@ -95,6 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _explain(error)
     except KeyboardInterrupt:
         return 130
+
+
+def analyze() -> int:
+    """`flashlite_analyze` is `flashlite analyze`."""
+    return main(["analyze", *sys.argv[1:]])
 
 
 def quantize() -> int:
