@@ -40,9 +40,10 @@ from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.cli.budget import read_config
 from flashlite.compress.allocate import Item, Point, allocate
 from flashlite.compress.carry_out import gains_of
-from flashlite.compress.differential import items_of, polish, split_sequences, stored_bytes
+from flashlite.compress.differential import items_of, polish, split_sequences
 from flashlite.compress.gptq import weights_of
 from flashlite.compress.quantize import CODES, quantize_matrix
+from flashlite.compress.roundings import stored_bytes
 from flashlite.compress.tensors import kept_grid
 from flashlite.compress.walk import Rounded, Rounding, quantize_layers
 from flashlite.compress.workspace import Workspace

@@ -26,9 +26,10 @@ from curve import Body, Measured, alike, body_of, uniform, windows
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.pull import pull
 from flashlite.cli.budget import read_config
-from flashlite.compress.differential import split_sequences, stored_bytes
+from flashlite.compress.differential import split_sequences
 from flashlite.compress.gptq import curvature, descend, gptq, search, weights_of
 from flashlite.compress.quantize import quantize_matrix
+from flashlite.compress.roundings import stored_bytes
 from flashlite.model.families import describe
 from flashlite.model.reference import Reference
 

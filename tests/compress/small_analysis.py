@@ -9,8 +9,8 @@ import numpy as np
 from flashlite.analyze.analysis import AnalysedModel, Analysis, Calibration, Unit, UnitFormat
 from flashlite.analyze.digest import source_digest
 from flashlite.analyze.units import units_of
-from flashlite.compress.differential import stored_bytes
 from flashlite.compress.quantize import CODES
+from flashlite.compress.roundings import stored_bytes
 from flashlite.model.source import SourceModel
 
 __all__ = ["analysis_of"]

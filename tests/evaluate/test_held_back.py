@@ -26,9 +26,9 @@ def test_it_is_the_divergence_of_the_logits(family: str) -> None:
 
     def noisy(name: str) -> NDArray[np.float32]:
         values = source.tensor(name)
-        return values + np.float32(0.01) * np.sin(np.arange(values.size)).reshape(
-            values.shape
-        ).astype(np.float32)
+        waves = np.sin(np.arange(values.size, dtype=np.float32)).reshape(values.shape)
+        out: NDArray[np.float32] = values + np.float32(0.01) * waves
+        return out
 
     held = HeldBack(source.spec, source.tensor, texts)
     assert held.positions == 19 + 12

@@ -367,8 +367,8 @@ class _Job:
         )
 
     def _unit_bytes(self, plan: Plan) -> int:
-        from flashlite.compress.differential import stored_bytes
         from flashlite.compress.quantize import CODES
+        from flashlite.compress.roundings import stored_bytes
 
         shapes = dict(self.source.spec.shapes())
         total = 0

@@ -11,20 +11,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashlite.analyze.analysis import Analysis, Calibration, Unit, UnitFormat
+from flashlite.analyze.units import UnitShape, units_of
 from flashlite.compress.allocate import Choice, Item, Point, hull
-from flashlite.compress.pack import BLOCK_ROWS, CODE_BYTES, blocks_of, groups_of
 from flashlite.compress.plan import PACKED, Format, Plan
-from flashlite.compress.quantize import CODES
+from flashlite.compress.roundings import stored_bytes
 from flashlite.errors import CompressError
 from flashlite.model.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from flashlite.analyze.analysis import Analysis, Calibration
 
 __all__ = [
     "Goal",
@@ -37,7 +35,6 @@ __all__ = [
     "plan_of",
     "polish",
     "split_sequences",
-    "stored_bytes",
     "unit_of",
 ]
 
@@ -74,14 +71,6 @@ class Polished:
     before: float
     cost: float
     swaps: Sequence[Swap]
-
-
-def stored_bytes(shape: tuple[int, int], fmt: str) -> int:
-    """What a matrix takes in the artifact, padding to whole blocks included."""
-    if fmt == "f16":
-        return 2 * shape[0] * shape[1]
-    scales = 2 * BLOCK_ROWS * (2 if CODES[fmt].minimum else 1)
-    return blocks_of(shape[0]) * groups_of(shape[1]) * (CODE_BYTES[fmt] + scales)
 
 
 def check_units(analysis: Analysis, spec: ModelSpec) -> None:
@@ -187,59 +176,43 @@ def migrate(analysis: Analysis, spec: ModelSpec) -> tuple[Analysis, list[str]]:
     Raises:
         CompressError: nothing matches.
     """
-    shapes = {name: shape for name, shape in spec.shapes() if len(shape) == 2}
-    sizes = {name: shape[0] * shape[1] for name, shape in shapes.items()}
+    known = {unit.name: unit for unit in analysis.units}
+    wanted = {unit.name: unit for unit in units_of(spec)}
     kept, odd = [], []
-    left = set(shapes)
-    for unit in analysis.units:
-        if missing := [name for name in unit.tensors if name not in shapes]:
-            odd.append(f"{unit.name}: the model has no {missing[0]}")
-        elif sum(sizes[name] for name in unit.tensors) != unit.parameters:
-            odd.append(f"{unit.name}: {unit.parameters} parameters before, now others")
+    for name in known:
+        if name not in wanted:
+            odd.append(f"{name}: this model has no such part")
+    for name, shape in wanted.items():
+        old = known.get(name)
+        if old is not None and (old.tensors, old.parameters) == (shape.tensors, shape.parameters):
+            kept.append(old)
+            continue
+        if old is None:
+            odd.append(f"{name}: not in the config, counted like the worst of its kind")
         else:
-            kept.append(unit)
-            left -= set(unit.tensors)
-    if not kept:
+            odd.append(
+                f"{name}: {old.parameters} parameters in the config, {shape.parameters} here, "
+                "counted like the worst of its kind"
+            )
+        kept.append(_guessed(analysis, shape))
+    if not any(known.get(unit.name) is unit for unit in kept):
         raise CompressError(
             "no unit of the config has the shape it has in this model: analyze it instead"
         )
-    by_kind: dict[str, list[Any]] = {}
-    for unit in analysis.units:
-        by_kind.setdefault(unit.name.split(".")[-1], []).append(unit)
-    groups: dict[str, list[str]] = {}
-    for name in shapes:
-        if name in left:
-            groups.setdefault(_unit_name(name), []).append(name)
-    for unit_name, names in groups.items():
-        like = by_kind.get(unit_name.split(".")[-1]) or list(analysis.units)
-        worst = {
-            fmt: max(unit.formats[fmt].kl for unit in like if fmt in unit.formats)
-            for fmt in like[0].formats
-        }
-        parts = unit_name.split(".")
-        entries = {
-            fmt: replace(
-                like[0].formats[fmt],
-                bytes=sum(stored_bytes((shapes[n][0], shapes[n][1]), fmt) for n in names),
-                predicted_kl=kl,
-                exact_kl=None,
-                kl=kl,
-            )
-            for fmt, kl in worst.items()
-            if fmt in PACKED
-        }
-        kept.append(
-            replace(
-                like[0],
-                name=unit_name,
-                layer=int(parts[1]) if len(parts) > 1 else None,
-                tensors=tuple(names),
-                parameters=sum(sizes[name] for name in names),
-                formats=entries,
-            )
-        )
-        odd.append(f"{unit_name}: not in the config, counted like the worst of its kind")
     return replace(analysis, units=tuple(kept)), odd
+
+
+def _guessed(analysis: Analysis, shape: UnitShape) -> Unit:
+    """A unit that nothing is known of: what the worst of its kind loses, else the worst of all."""
+    kind = shape.name.rpartition(".")[2]
+    alike = [unit for unit in analysis.units if unit.name.rpartition(".")[2] == kind]
+    formats: dict[str, UnitFormat] = {}
+    for fmt in analysis.units[0].formats:
+        losses = [u.formats[fmt].kl for u in alike or analysis.units if fmt in u.formats]
+        if losses and fmt in PACKED:
+            size = sum(stored_bytes(part, fmt) for part in shape.shapes)
+            formats[fmt] = UnitFormat(size, max(losses), None, max(losses))
+    return Unit(shape.name, shape.layer, shape.tensors, shape.parameters, formats)
 
 
 def plan_of(
@@ -363,12 +336,6 @@ def _swaps(items: Sequence[Item], formats: Mapping[str, str]) -> list[tuple[_Mov
     ]
     pairs.sort(key=lambda pair: pair[0])
     return [(up, down) for _, up, down in pairs]
-
-
-def _unit_name(tensor: str) -> str:
-    kind = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
-    prefix, _, last = tensor.rpartition(".")
-    return f"{prefix}.{kind.get(last, last)}" if prefix else tensor
 
 
 def _format(name: str) -> Format:
