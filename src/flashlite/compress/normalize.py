@@ -5,6 +5,12 @@ weights (max|w| below 0.008 for q8) loses more by its scales than by its codes. 
 whole table by 2^k moves every scale to where none is lost; dividing what the look-up is multiplied
 by, and for a tied head the final norm, by 2^k leaves the model the same to the last bit.
 
+SmolLM2-135M, 200 tokens of wikitext-2 valid, KL in nats that the table alone loses in q8, its
+weights made smaller and the model kept the same: as it is 0; by 2^-10 .0005, by 2^-12 .0040, by
+2^-14 .071, by 2^-16 3.6; normalised 0 each time. The tables of SmolLM2, Gemma-3-270M and
+Qwen2.5-Coder-1.5B have no scale below 2^-14 and need nothing (k = 0). What 4-bit codes lose is
+another matter: no scaling brings it back, a finer format does.
+
 Rows need no factor of their own beyond that: every group of 32 has a scale of its own, so that
 dividing a row by its norm and multiplying its scales by it again gives the same codes.
 """
