@@ -1,7 +1,7 @@
 """What a body of so many bits per weight loses: ours, uniform, a fixed preset, llama.cpp.
 
-    flashlite analyze gemma-3-270m
-    python benchmarks/curve.py --config sensitive_layers.json
+    python benchmarks/curve.py                                   # analyzes Gemma-3-270M first
+    python benchmarks/curve.py --config sensitive_layers.json    # whatever model that is of
 
 KL divergence from the source in nats per token, on wikitext-2 valid, which nothing is fitted to.
 The head and the look-up table are the source's in every column, so that only the layers' matrices
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import common
-from common import OURS, Gate, Row
+from common import GEMMA, OURS, Gate, Row
 from flashlite.analyze.analysis import Analysis
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.pull import pull
@@ -272,6 +273,17 @@ def requantized(source: Path, kind: str, folder: Path, threads: int) -> Path:
     return target
 
 
+def analyzed(model: str) -> Path:
+    """The analysis of a model, made on first use and kept beside the results."""
+    path = common.RESULTS / f"{model}.analysis.json"
+    if not path.is_file():
+        common.RESULTS.mkdir(exist_ok=True)
+        common.note(f"analyzing {model}, once")
+        words = ["analyze", model, "-o", str(path), "--accept-license"]
+        subprocess.run([sys.executable, "-m", "flashlite", *words], check=True)
+    return path
+
+
 def windows(model: str, source: SourceModel, count: int, size: int) -> list[NDArray[np.int32]]:
     """Text of wikitext-2 valid, each window from position 0 and begun as the model asks."""
     from flashlite.checkpoint.convert_tokenizer import build_tokenizer_checked
@@ -289,7 +301,7 @@ def windows(model: str, source: SourceModel, count: int, size: int) -> list[NDAr
 
 def main() -> None:
     parser = common.make_parser(__doc__, peers="llama.cpp", rounds=1, isa=False)
-    parser.add_argument("--config", type=Path, required=True, help="what analyze wrote")
+    parser.add_argument("--config", type=Path, help="what analyze wrote [default: made once]")
     parser.add_argument("--bits", default=",".join(map(str, BITS)), help="[default: %(default)s]")
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens [default: 4]")
     parser.add_argument("--positions", type=int, default=1024, help="scored [default: 1024]")
@@ -297,7 +309,7 @@ def main() -> None:
     parser.add_argument("--prefix", type=float, default=5.0, help="bits rounded for [default: 5]")
     parser.add_argument("--work", type=Path, help="keep matrices here, to go on from")
     options = common.arguments(parser)
-    analysis = read_config(options.config)
+    analysis = read_config(options.config or analyzed(GEMMA))
     path = pull(analysis.model.name, accept_license=True).path
     source = describe(open_checkpoint(path))
     body = body_of(source)

@@ -1,7 +1,7 @@
 """Whether low rank wins a place among the formats: KL at equal bytes, all matrices of the layers.
 
-    flashlite analyze gemma-3-270m
-    python benchmarks/lowrank.py --config sensitive_layers.json
+    python benchmarks/lowrank.py                                 # analyzes Gemma-3-270M first
+    python benchmarks/lowrank.py --config sensitive_layers.json  # whatever model that is of
 
 Two forms, both fitted to what the matrix reads (H = S S^T, so that |D S| is the outputs' error):
 
@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import common
-from common import Gate, Row
-from curve import Body, Measured, alike, body_of, uniform, windows
+from common import GEMMA, Gate, Row
+from curve import Body, Measured, alike, analyzed, body_of, uniform, windows
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.pull import pull
 from flashlite.cli.budget import read_config
@@ -80,11 +80,11 @@ def int8(values: _F32) -> _F32:
 
 def main() -> None:
     parser = common.make_parser(__doc__, rounds=1, isa=False)
-    parser.add_argument("--config", type=Path, required=True, help="what analyze wrote")
+    parser.add_argument("--config", type=Path, help="what analyze wrote [default: made once]")
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens [default: 4]")
     parser.add_argument("--positions", type=int, default=1024, help="scored [default: 1024]")
     options = common.arguments(parser)
-    analysis = read_config(options.config)
+    analysis = read_config(options.config or analyzed(GEMMA))
     path = pull(analysis.model.name, accept_license=True).path
     source = describe(open_checkpoint(path))
     body = body_of(source)

@@ -32,6 +32,8 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "busy": (),
     "depth": (),
     "ablation": (),
+    "curve": (),
+    "lowrank": (),
     "kernels": ("--tables", "amx,avx512", "--seconds", "0.5"),
 }
 _HERE = Path(__file__).parent
