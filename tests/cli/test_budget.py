@@ -17,9 +17,13 @@ from flashlite.analyze.analysis import Analysis, read_analysis, write_analysis
 from flashlite.artifact.read import load_weights, open_artifact, tensor
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.cli import main
+from flashlite.cli.budget import Budget, Request, Result, make
 from flashlite.cli.quantize import CONFIG
+from flashlite.compress.plan import Plan
+from flashlite.errors import CompressError
 from flashlite.model.families import describe
 from flashlite.model.reference import Reference
+from flashlite.model.spec import ModelSpec
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -200,6 +204,29 @@ def test_without_a_config_a_budget_says_what_to_run(capsys: pytest.CaptureFixtur
     for words in (["--target-size", "9MB"], ["--preset", "small"], ["--embed", "f16"]):
         assert main.main(["quantize", "some-model", *words]) == 2
         assert "run `flashlite analyze MODEL`" in capsys.readouterr().err
+
+
+def test_a_latency_is_kept_as_it_is_predicted(folder: Path) -> None:
+    def predict(spec: ModelSpec, plan: Plan) -> float:
+        """q8 is quick here, bytes do not count."""
+        speed = {"q8": 3.0, "q6": 1.0, "q5": 1.2, "q4": 2.0, "q4m": 1.9}
+        shapes = dict(spec.shapes())
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+        work = sum(s[0] * s[1] / speed[plan.formats[name]] for name, s in matrices.items())
+        return 1e-4 + work * 1e-9
+
+    def made(seconds: float) -> Result:
+        budget = Budget(target_latency=seconds)
+        request = Request(folder / CONFIG, budget, polish_seconds=0, latency=predict)
+        return make(replace(request, force=True))
+
+    quickest = 1e-4 + 260_000 / 3.0 * 1e-9
+    with pytest.raises(CompressError, match=r"smallest that can be reached is 0\.18. ms per token"):
+        made(0.95 * quickest)
+    result = made(1.05 * quickest)
+    assert result.reached == pytest.approx(predict(result.artifact.spec, result.artifact.plan))
+    assert result.reached <= 1.05 * quickest
+    assert set(result.formats.values()) == {"q8"}  # the quickest is the best here
 
 
 def test_the_curve_is_printed_and_nothing_made(folder: Path, run: Run) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flashlite.compress.plan import Plan
     from flashlite.compress.workspace import Workspace
     from flashlite.model.source import SourceModel
+    from flashlite.model.spec import ModelSpec
     from flashlite.runtime.prepare import Progress
 
 __all__ = ["Budget", "Request", "Result", "curve_of", "make", "read_config", "record"]
@@ -93,8 +94,8 @@ class Request:
     offline: bool = False
     accept_license: bool = False
     polish_seconds: float = 120.0
-    latency: Callable[[SourceModel], tuple[float, Callable[[str, str], float]]] | None = None
-    """Of a model: seconds of a decode step beside its units', and of a unit in a format."""
+    latency: Callable[[ModelSpec, Plan], float] | None = None
+    """Seconds of a decode step of a plan on the machine in question."""
 
 
 @dataclass(frozen=True)
@@ -302,11 +303,11 @@ class _Job:
                     "--target-latency needs to know this machine's speed, which this version "
                     "cannot predict; use --target-size"
                 )
-            base, cost = self.request.latency(self.source)
+            base, prices = self._step_prices(self.request.latency)
             return Limits(
                 budget=goal.value - base,
-                cost=cost,
-                what=lambda seconds: f"{(seconds + base) * 1e3:.2f} ms per token in all",
+                cost=lambda unit, fmt: prices[unit, fmt],
+                what=lambda seconds: f"{(seconds + base) * 1e3:.3f} ms per token in all",
             )
         fixed = self._fixed_bytes() if goal.kind == "size" else self._fixed_ram()
         return Limits(
@@ -346,6 +347,34 @@ class _Job:
             else "embeddings need no normalisation: their scales are exact in half precision"
         )
         return normalize_embeddings(self.source, found, exponent, head_apart=apart)
+
+    def _step_prices(
+        self, predict: Callable[[ModelSpec, Plan], float]
+    ) -> tuple[float, dict[tuple[str, str], float]]:
+        """Seconds of a step with every unit in its quickest format, and what each format of each
+        unit adds: matrices are multiplied one after the other, so that their times add up.
+        """
+        from flashlite.compress.differential import items_of, plan_of
+
+        spec = self.source.spec
+        items = items_of(self.analysis, spec, forced=self.forced)
+        formats = {item.name: item.choices[0].format for item in items}
+
+        def seconds(changed: Mapping[str, str]) -> float:
+            both = {**formats, **changed}
+            return predict(
+                spec,
+                plan_of(self.analysis, spec, both, preset="probe", embed=self.separate_embed),
+            )
+
+        start = base = seconds({})
+        prices: dict[tuple[str, str], float] = {}
+        for item in items:
+            added = {c.format: seconds({item.name: c.format}) - start for c in item.choices}
+            least = min(added.values())
+            base += least
+            prices |= {(item.name, fmt): more - least for fmt, more in added.items()}
+        return base, prices
 
     def _probe(self, arrays: str = "least") -> Plan:
         """A plan to measure what is beside the units' own bytes: everything at its cheapest, or
