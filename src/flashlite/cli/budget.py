@@ -300,8 +300,9 @@ class _Job:
         if goal.kind == "latency":
             if self.request.latency is None:
                 raise UsageError(
-                    "--target-latency needs to know this machine's speed, which this version "
-                    "cannot predict; use --target-size"
+                    "--target-latency needs to know what the machine does per second: run "
+                    "`flashlite profile --machine -o machine.json`, then give --machine "
+                    "machine.json"
                 )
             base, prices = self._step_prices(self.request.latency)
             return Limits(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,8 +14,13 @@ from flashlite.cli.budget import PRESETS, Budget, Request, Result, make, read_co
 from flashlite.errors import UsageError
 from flashlite.runtime.memory import format_size, parse_size
 
+if TYPE_CHECKING:
+    from flashlite.compress.plan import Plan
+    from flashlite.model.spec import ModelSpec
+
 __all__ = ["command"]
 
+_DEPTH = 512  # tokens before the one that --target-latency is about
 CONFIG = "sensitive_layers.json"
 _FIXED = ("import", "hybrid", "lossless", "q8", "q6", "q5", "q4")
 _TIME = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(us|ms|s)", re.ASCII)
@@ -37,8 +44,16 @@ _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 )
 @click.option("--target-size", metavar="SIZE", help="Bytes of the artifact on disk: 90MB.")
 @click.option("--target-ram", metavar="SIZE", help="Bytes of the running process, KV included.")
-@click.option("--context", type=click.IntRange(1), help="Tokens that --target-ram counts.")
+@click.option(
+    "--context", type=click.IntRange(1), help="Tokens that --target-ram and --target-latency count."
+)
 @click.option("--target-latency", metavar="TIME", help="Time of one decoded token: 5ms.")
+@click.option(
+    "--machine",
+    type=click.Path(path_type=Path),
+    help="What `flashlite profile --machine -o FILE` measured; --target-latency needs it.",
+)
+@click.option("--threads", type=click.IntRange(1), help="That --target-latency is for.")
 @click.option("--max-kl", type=click.FloatRange(0, min_open=True), help="Most nats per token.")
 @click.option("--curve", is_flag=True, help="Print bytes against predicted KL, make nothing.")
 @click.option("--embed", metavar="FORMAT", help="Store the embeddings as f16, q8 ...")
@@ -69,6 +84,8 @@ def command(
     target_ram: str | None,
     context: int | None,
     target_latency: str | None,
+    machine: Path | None,
+    threads: int | None,
     max_kl: float | None,
     curve: bool,
     embed: str | None,
@@ -94,6 +111,7 @@ def command(
       flashlite quantize ./model.gguf --preset q4 -o model-q4.fl
       flashlite quantize --config sensitive_layers.json
       flashlite quantize --config sensitive_layers.json --target-size 90MB
+      flashlite quantize --config sensitive_layers.json --target-latency 5ms --machine machine.json
     """
     from flashlite.runtime.process import limit_data
 
@@ -131,6 +149,7 @@ def command(
         force=force,
         offline=offline,
         accept_license=accept_license,
+        latency=None if machine is None else _latency_on(machine, context, threads),
     )
     if curve:
         _show_curve(config, as_json)
@@ -138,6 +157,22 @@ def command(
     with options.stages() as progress, limit_data(ceiling):
         result = make(request, progress)
     _show(result, as_json)
+
+
+def _latency_on(
+    machine: Path, context: int | None, threads: int | None
+) -> Callable[[ModelSpec, Plan], float]:
+    """Seconds of a decode step of a plan on a machine that was measured."""
+    from flashlite.compress.latency import predict_latency
+    from flashlite.compress.machine_profile import MachineProfile
+
+    profile = MachineProfile.read(machine)
+    depth = context or _DEPTH
+
+    def predict(spec: ModelSpec, plan: Plan) -> float:
+        return predict_latency(spec, plan, profile, depth=depth, threads=threads).decode_seconds
+
+    return predict
 
 
 def _parse_time(text: str) -> float:
