@@ -307,7 +307,7 @@ class _Job:
             base, prices = self._step_prices(self.request.latency)
             return Limits(
                 budget=goal.value - base,
-                cost=lambda unit, fmt: prices[unit, fmt],
+                cost=lambda unit, fmt: prices.get((unit, fmt)),
                 what=lambda seconds: f"{(seconds + base) * 1e3:.3f} ms per token in all",
             )
         fixed = self._fixed_bytes() if goal.kind == "size" else self._fixed_ram()
@@ -359,7 +359,7 @@ class _Job:
 
         spec = self.source.spec
         items = items_of(self.analysis, spec, forced=self.forced)
-        formats = {item.name: item.choices[0].format for item in items}
+        offered = sorted({choice.format for item in items for choice in item.choices})
 
         def seconds(changed: Mapping[str, str]) -> float:
             both = {**formats, **changed}
@@ -368,10 +368,27 @@ class _Job:
                 plan_of(self.analysis, spec, both, preset="probe", embed=self.separate_embed),
             )
 
+        formats: dict[str, str] = {}
+        known = []
+        for fmt in offered:  # a machine may have been measured with fewer formats
+            alike = {item.name: self.forced.get(item.name, fmt) for item in items}
+            try:
+                seconds(alike)
+            except CompressError as error:
+                self.notes.append(f"{fmt} is left out: {error}")
+                continue
+            known.append(fmt)
+            formats = formats or alike
+        if not known:
+            raise CompressError(self.notes[-1])
         start = base = seconds({})
         prices: dict[tuple[str, str], float] = {}
         for item in items:
-            added = {c.format: seconds({item.name: c.format}) - start for c in item.choices}
+            added = {
+                c.format: seconds({item.name: c.format}) - start
+                for c in item.choices
+                if c.format in known
+            }
             least = min(added.values())
             base += least
             prices |= {(item.name, fmt): more - least for fmt, more in added.items()}

@@ -38,8 +38,8 @@ __all__ = [
     "unit_of",
 ]
 
-UnitCost = Callable[[str, str], float]
-"""Seconds (or bytes) of one unit in one format."""
+UnitCost = Callable[[str, str], "float | None"]
+"""Seconds (or bytes) of one unit in one format; None: it may not have this format."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,13 @@ def items_of(
             if only is not None and fmt not in only.get(unit.name, (fmt,)):
                 continue
             if cost is None:
-                price = float(
+                price: float | None = float(
                     sum(stored_bytes((shapes[n][0], shapes[n][1]), fmt) for n in unit.tensors)
                 )
             else:
                 price = cost(unit.name, fmt)
+            if price is None:
+                continue
             remaining = 1.0 if gains is None else gains.get((unit.name, fmt), 1.0)
             choices.append(Choice(fmt, price, max(0.0, entry.kl) * remaining))
         if not choices:
