@@ -13,6 +13,7 @@ from small_analysis import analysis_of
 
 from flashlite.analyze.analysis import Analysis, Calibration
 from flashlite.checkpoint.open import open_checkpoint
+from flashlite.compress import walk
 from flashlite.compress.carry_out import Carried, Limits, carry_out
 from flashlite.compress.differential import (
     check_units,
@@ -164,6 +165,16 @@ def test_rounding_for_the_text_beats_plain_rounding(source: SourceModel) -> None
         errors = rounded.errors["q4"]
         assert errors[rounded.steps["q4"]] == min(errors.values())
         assert rounded.gain("q4") <= 1
+
+
+def test_long_text_is_run_twice_instead_of_kept(
+    llama: SourceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis = analysis_of(llama)
+    kept = layers_of(llama, analysis, Rounding())
+    monkeypatch.setattr(walk, "_KEPT_BYTES", 0)
+    for name, rounded in layers_of(llama, analysis, Rounding()).items():
+        assert np.array_equal(rounded.matrices["q4"].codes, kept[name].matrices["q4"].codes)
 
 
 def test_an_interrupted_walk_goes_on_where_it_was(llama: SourceModel, tmp_path: Path) -> None:

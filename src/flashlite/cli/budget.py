@@ -215,15 +215,15 @@ class _Job:
         self._settle_model()
         self.forced, self.separate_embed = self._embed_format()
         self.held = split_sequences(self.analysis.calibration)[1]
-        self._table: NDArray[np.float32] | None = None
+        self._tables: dict[str, NDArray[np.float32]] = {}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """A tensor of the source; the large table is kept."""
-        if name != "embed":
+        """A tensor of the source; the large tables are kept."""
+        if name not in ("embed", "head"):
             return self.source.tensor(name)
-        if self._table is None:
-            self._table = self.source.tensor(name)
-        return self._table
+        if name not in self._tables:
+            self._tables[name] = self.source.tensor(name)
+        return self._tables[name]
 
     def _pull(self) -> Pulled:
         from flashlite.checkpoint.known_models import KNOWN_MODELS
@@ -533,6 +533,7 @@ def make(request: Request, progress: Progress | None = None) -> Result:
         limits,
         measure=measure,
         workspace=job.workspace,
+        weights=job.tensor,
         forced=job.forced,
         seconds=request.polish_seconds,
         progress=progress,

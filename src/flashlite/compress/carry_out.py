@@ -87,6 +87,7 @@ class _Run:
     def __init__(
         self,
         source: SourceModel,
+        weights: Weights,
         analysis: Analysis,
         limits: Limits,
         measure: Callable[[Weights], float],
@@ -95,7 +96,8 @@ class _Run:
         rounding: Rounding,
         progress: Progress | None,
     ) -> None:
-        self.source, self.analysis, self.limits = source, analysis, limits
+        self.source, self.weights = source, weights
+        self.analysis, self.limits = analysis, limits
         self.measure, self.workspace = measure, workspace
         self.forced, self.rounding, self.progress = forced, rounding, progress
         self.units = unit_of(analysis)
@@ -104,15 +106,6 @@ class _Run:
         self.store: Workspace | None = None
         self._importance: Floats | None = None
         self._table_weights: dict[tuple[str, str], Floats] = {}
-        self._original: dict[str, Floats] = {}
-
-    def weights(self, name: str) -> Floats:
-        """Of the source; the large tables are kept."""
-        if name in ("embed", "head"):
-            if name not in self._original:
-                self._original[name] = self.source.tensor(name)
-            return self._original[name]
-        return self.source.tensor(name)
 
     def table(self, name: str, fmt: str) -> Quantized:
         """The look-up table or the head in a format, columns weighted by what the head reads."""
@@ -191,7 +184,7 @@ class _Run:
         embed = self.table_weights("embed", point.formats[self.units["embed"]])
         layers = quantize_layers(
             self.source.spec,
-            self.source.tensor,
+            self.weights,
             formats,
             self.fit,
             self.held,
@@ -223,6 +216,7 @@ def carry_out(
     *,
     measure: Callable[[Weights], float],
     workspace: Callable[[Mapping[str, Sequence[str]]], Workspace],
+    weights: Weights | None = None,
     forced: Mapping[str, str] | None = None,
     rounding: Rounding | None = None,
     swaps: int = 20,
@@ -237,6 +231,7 @@ def carry_out(
         limits: the budget.
         measure: true KL, in nats, of the model with these weights.
         workspace: where matrices of a walk with these formats are kept.
+        weights: reads the source's tensors, perhaps keeping the large ones; None: its own method.
         forced: units whose format is decided.
         rounding: None: the default.
         swaps: measured at most, in `seconds`.
@@ -247,6 +242,7 @@ def carry_out(
     """
     run = _Run(
         source,
+        weights or source.tensor,
         analysis,
         limits,
         measure,

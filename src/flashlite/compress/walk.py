@@ -35,6 +35,8 @@ from flashlite.model.spec import ModelSpec
 
 __all__ = ["Rounded", "Rounding", "quantize_layers"]
 
+_KEPT_BYTES = 1 << 28  # of what `o` or `down` reads; beyond, it is computed twice
+
 Weights = Callable[[str], Floats]
 Ids = NDArray[np.int32]
 
@@ -119,7 +121,9 @@ class _Stream:
         self._inputs: Floats | None = None
         self.reference = Reference(spec, weights, self._observe)
         self.states = [self.reference.embed(ids) for ids in sequences]
-        self._read: list[Floats] = [np.empty((0, 0), np.float32)] * len(sequences)
+        self._read: list[Floats | None] = [None] * len(sequences)
+        tokens = sum(len(ids) for ids in sequences)
+        self._keeps = 4 * tokens * max(spec.d_ff, spec.q_rows) <= _KEPT_BYTES
 
     def _observe(self, name: str, inputs: Floats) -> None:
         if name == self._wanted:
@@ -132,8 +136,9 @@ class _Stream:
         """
         x, reference = self.states[at], self.reference
         if kind in ("o", "down"):
-            self._read[at] = reference.attended(i, x) if kind == "o" else reference.gated(i, x)
-            return self._read[at]
+            read = reference.attended(i, x) if kind == "o" else reference.gated(i, x)
+            self._read[at] = read if self._keeps else None
+            return read
         self._wanted, self._inputs = f"layers.{i}.{kind}", None
         try:
             (reference.attended if kind == "q" else reference.gated)(i, x)
@@ -145,17 +150,18 @@ class _Stream:
             raise CompressError(f"layers.{i}.{kind} is not part of the model")
         return self._inputs
 
-    def read(self, i: int, kind: str) -> None:
-        """Compute what `o` or `down` reads, without looking at it."""
-        for at in range(len(self.states)):
-            self.inputs(i, kind, at)
-
     def advance(self, i: int, kind: str) -> None:
         """Through the half of a layer that ends with `o` or `down`."""
-        run = self.reference.attention_out if kind == "o" else self.reference.mlp_out
+        reference = self.reference
+        whole, rest = (
+            (reference.attention, reference.attention_out)
+            if kind == "o"
+            else (reference.mlp, reference.mlp_out)
+        )
         for at, x in enumerate(self.states):
-            self.states[at] = x + run(i, self._read[at])
-            self._read[at] = np.empty((0, 0), np.float32)
+            read = self._read[at]
+            self.states[at] = x + (whole(i, x) if read is None else rest(i, read))
+            self._read[at] = None
 
 
 def quantize_layers(
@@ -215,9 +221,6 @@ def quantize_layers(
         for kinds in _STAGES:
             names = [f"layers.{i}.{kind}" for kind in kinds]
             if all(name in before for name in names):
-                for stream in (ours, theirs):
-                    if stream is not None and kinds[0] in ("o", "down"):
-                        stream.read(i, kinds[0])
                 found += [before[name] for name in names]
             else:
                 fitting, judging = _moments(spec, i, kinds[0], ours, theirs, len(sequences), how)
