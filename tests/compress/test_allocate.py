@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from flashlite.compress import allocate as module
 from flashlite.compress.allocate import (
     Choice,
     Item,
@@ -115,3 +116,18 @@ def test_costs_that_are_no_numbers_are_refused(bad: float) -> None:
         allocate([], 1.0)
     with pytest.raises(CompressError, match="offers no format"):
         allocate([Item("u", ())], 1.0)
+
+
+def test_costs_between_two_steps_count_as_the_higher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STATES", 16)
+    rng = np.random.default_rng(0)
+    for seed in range(8):
+        found = [
+            Item(item.name, tuple(Choice(c.format, c.cost * rng.uniform(1, 2), c.kl)
+                                  for c in item.choices))
+            for item in items(seed)
+        ]  # fmt: skip
+        known = every(found)
+        for share in (0.1, 0.3, 0.6):
+            budget = min(known)[0] + share * (max(known)[0] - min(known)[0])
+            assert allocate(found, budget).cost <= budget

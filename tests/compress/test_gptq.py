@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashlite.compress.gptq import curvature, descend, gptq, output_error, search, weights_of
+from flashlite.compress.gptq import (
+    _half_step,
+    curvature,
+    descend,
+    gptq,
+    output_error,
+    search,
+    weights_of,
+)
 from flashlite.compress.pack import Quantized, dequantize, pack
 from flashlite.compress.quantize import CODES, quantize_matrix
 from flashlite.errors import CompressError
@@ -129,3 +137,13 @@ def test_importance_moves_the_error_to_where_it_counts_less(fmt: str) -> None:
     assert error(counted) < error(plain) * (1.0 if fmt == "q8" else 0.9)
     equal = quantize_matrix(weights, fmt, importance=np.ones(96, np.float32))
     assert np.mean(weights_of(equal, 96) != plain) < 0.02
+
+
+def test_a_scale_moves_only_where_half_precision_lets_it_gain() -> None:
+    value = np.array([1.0, 1.0, 1.0], np.float32)
+    curve = np.array([1.0, 1.0, 0.0], np.float32)
+    # Neighbours of 1 in half precision are 2^-10 away: a wish for less than half of it is none.
+    wanted = np.array([0.25, -0.4 * 2**-10, 0.1], np.float32)
+    assert _half_step(value, -wanted, curve).tolist() == [0.25, 0.0, 0.0]
+    large = _half_step(np.array([65504.0], np.float32), np.array([-1e3], np.float32), curve[:1])
+    assert large.tolist() == [0.0]
