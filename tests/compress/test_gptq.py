@@ -142,8 +142,8 @@ def test_importance_moves_the_error_to_where_it_counts_less(fmt: str) -> None:
 def test_a_scale_moves_only_where_half_precision_lets_it_gain() -> None:
     value = np.array([1.0, 1.0, 1.0], np.float32)
     curve = np.array([1.0, 1.0, 0.0], np.float32)
-    # Neighbours of 1 in half precision are 2^-10 away: a wish for less than half of it is none.
-    wanted = np.array([0.25, -0.4 * 2**-10, 0.1], np.float32)
+    # Below 1 half-precision numbers are 2^-11 apart: a wish for less than half of it is none.
+    wanted = np.array([0.25, -0.3 * 2**-11, 0.1], np.float32)
     assert _half_step(value, -wanted, curve).tolist() == [0.25, 0.0, 0.0]
     large = _half_step(np.array([65504.0], np.float32), np.array([-1e3], np.float32), curve[:1])
     assert large.tolist() == [0.0]
