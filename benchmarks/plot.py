@@ -1,10 +1,11 @@
-"""The two curves of docs/: cost against context length, throughput against concurrency.
+"""The curves of docs/: cost against context length, throughput against concurrency, loss against
+size.
 
-    python benchmarks/table.py --run depth concurrency
+    python benchmarks/table.py --run depth concurrency curve
     python benchmarks/plot.py
 
-Reads benchmarks/results/depth.json and concurrency.json and writes docs/context.png and
-docs/concurrency.png. Needs matplotlib: pip install 'flashlite[bench]'.
+Reads benchmarks/results/depth.json, concurrency.json and curve.json and writes docs/context.png,
+docs/concurrency.png and docs/loss.png. Needs matplotlib: pip install 'flashlite[bench]'.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["draw_concurrency", "draw_context", "main"]
+__all__ = ["draw_concurrency", "draw_context", "draw_loss", "main"]
 
 # Colours that stay apart for the colour-blind (Okabe and Ito); marks, so that grey print does too.
 STYLES = {OURS: ("#D55E00", "o"), "llama.cpp": ("#0072B2", "s"), "openvino": ("#009E73", "^")}
@@ -50,6 +51,23 @@ def draw_concurrency(data: Mapping[str, Any]) -> Figure:
     _draw(axis, data["curves"], "together")
     axis.set(xlabel="sequences decoding together", ylabel="tokens per second, all sequences")
     axis.set_title("SmolLM2-135M, the same Q4_1 weights: throughput against concurrency")
+    return _finished(figure, axis, data)
+
+
+def draw_loss(data: Mapping[str, Any]) -> Figure:
+    """KL divergence against bits per weight of the body."""
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for name, curve in data["curves"].items():
+        colour, mark = STYLES.get(name, ("#555555", {"edges": "v"}.get(name, "x")))
+        # A format on the source's own grid loses nothing, which no logarithm shows.
+        points = [(x, y) for x, y in zip(curve["bits"], curve["kl"], strict=True) if y > 0]
+        width = 2.4 if name == OURS else 1.2
+        axis.plot(*zip(*points, strict=True), color=colour, marker=mark, lw=width, label=name)
+    axis.set_yscale("log")
+    axis.set(xlabel="bits per weight of the layers", ylabel="KL divergence (nats per token)")
+    axis.set_title(f"{data['model']}: what quantization loses, wikitext-2 valid")
+    axis.grid(visible=True, color="#dddddd", linewidth=0.7)
+    axis.spines[["top", "right"]].set_visible(False)
     return _finished(figure, axis, data)
 
 
@@ -93,6 +111,7 @@ def main() -> None:
     drawings = {
         "context": ("depth", draw_context),
         "concurrency": ("concurrency", draw_concurrency),
+        "loss": ("curve", draw_loss),
     }
     for name, (benchmark, draw) in drawings.items():
         source = options.results / f"{benchmark}.json"

@@ -33,6 +33,8 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "encoder": (),
     "depth": (),
     "ablation": (),
+    "curve": (),
+    "lowrank": (),
     "kernels": ("--tables", "amx,avx512", "--seconds", "0.5"),
 }
 _HERE = Path(__file__).parent

@@ -9,6 +9,7 @@
     ├── TemplateError           a chat template that is missing, refused or failed
     │   └── ForgeryError        message text that would have become a control token
     ├── CompressError           a plan that cannot be carried out
+    │   └── EmbeddingLoss       FL-209
     ├── ArtifactError           an artifact that cannot be written or read
     │   └── IntegrityError      bytes that differ from the manifest
     ├── CompileError            no compiler, or one that failed
@@ -30,6 +31,7 @@ __all__ = [
     "CompileError",
     "CompressError",
     "ContextOverflow",
+    "EmbeddingLoss",
     "EngineError",
     "EvaluateError",
     "FlashliteError",
@@ -118,6 +120,21 @@ class ForgeryError(TemplateError):
 
 class CompressError(FlashliteError):
     """A compression plan that cannot be carried out."""
+
+
+class EmbeddingLoss(CompressError):
+    """FL-209: the embedding table alone loses more than is allowed."""
+
+    code = "FL-209"
+
+    def __init__(self, lost: float, limit: float) -> None:
+        self.lost = lost
+        self.limit = limit
+        super().__init__(
+            f"precision lost in embeddings: the table alone loses {lost:.4f} nats, the limit is "
+            f"{limit:g}; turn on normalisation before the embedding (--normalize-embeddings), or "
+            "store the table finer (--embed q8 or f16)"
+        )
 
 
 class ArtifactError(FlashliteError):

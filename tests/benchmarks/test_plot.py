@@ -24,15 +24,18 @@ def run(monkeypatch: pytest.MonkeyPatch, results: Path, out: Path) -> None:
     plot.main()
 
 
-def test_both_plots_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_plots_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = {"tokens": [512, 8128], "tok_s": [100.0, 50.0]}
     depth = {"prefill": {"flashlite": curve}, "decode": {"flashlite": curve, "other": curve}}
     together = {"flashlite": {"together": [1, 16], "tok_s": [100.0, 500.0]}}
     for name, curves in (("depth", depth), ("concurrency", together)):
         text = json.dumps({**BASE, "benchmark": name, "curves": curves})
         (tmp_path / f"{name}.json").write_text(text)
+    loss = {name: {"bits": [4.5, 5.5], "kl": [0.1, 0.0]} for name in ("flashlite", "uniform")}
+    text = json.dumps({**BASE, "benchmark": "curve", "model": "abacus", "curves": loss})
+    (tmp_path / "curve.json").write_text(text)
     run(monkeypatch, tmp_path, tmp_path)
-    for name in ("context", "concurrency"):
+    for name in ("context", "concurrency", "loss"):
         assert (tmp_path / f"docs/{name}.png").read_bytes()[1:4] == b"PNG"
 
 

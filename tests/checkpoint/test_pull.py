@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import loopback
 import pytest
 from loopback import Hub, Index, make_wheel, serving
 
-from flashlite.checkpoint import fetch, pull, wheels
+from flashlite.checkpoint import check, fetch, pull, wheels
+from flashlite.checkpoint.check import check_base
 from flashlite.checkpoint.known_models import (
     KNOWN_MODELS,
     KnownModel,
@@ -402,6 +404,40 @@ def test_a_repository_gives_weights_and_no_code(hub: Hub, home: Path) -> None:
     hub.requests.clear()
     assert pull.pull("hf:acme/tiny") == resolve_model("hf:acme/tiny") == pulled
     assert hub.requests == []
+
+
+def test_check_says_when_the_weights_of_a_repository_changed(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PullError, match="is not here yet: run `flashlite pull hf:acme/tiny`"):
+        check_base("hf:acme/tiny")
+    pull.pull("hf:acme/tiny")
+    before = check_base("hf:acme/tiny")
+    assert not before.newer
+    assert before.here == before.there
+    monkeypatch.setattr(loopback, "COMMIT", "b" * 40)
+    hub.requests.clear()
+    assert not check_base("hf:acme/tiny").newer  # another commit, the same weights
+    hub.files["model.safetensors"] = hub.files["model.safetensors"][:-1] + b"?"
+    after = check_base("hf:acme/tiny")
+    assert after.newer
+    assert (after.here, after.there) == (before.here, "b" * 40)
+    assert not [path for _, path, _ in hub.requests if "/resolve/" in path]  # nothing is fetched
+
+
+def test_check_knows_the_pinned_digest(
+    model: KnownModel, index: Index, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "KNOWN_MODELS", {"tiny-model": model})
+    with pytest.raises(PullError, match="is not here yet"):
+        check_base("tiny-model")
+    pull.pull("tiny-model")
+    assert not check_base("tiny-model").newer
+    newer = replace(model, files=(ModelFile("tiny.gguf", 5000, "0" * 64),))
+    monkeypatch.setattr(check, "KNOWN_MODELS", {"tiny-model": newer})
+    assert check_base("tiny-model").newer
+    with pytest.raises(PullError, match="has no source to ask"):
+        check_base(str(home))
 
 
 def test_a_cut_connection_is_resumed(hub: Hub) -> None:

@@ -67,7 +67,7 @@ def test_an_untied_head_has_its_own_format(untied: SourceModel) -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones(source: SourceModel) -> None:
-    with pytest.raises(CompressError, match=r"'q3'.*import, hybrid, q8, q6, q5, q4"):
+    with pytest.raises(CompressError, match=r"'q3'.*import, hybrid, lossless, q8, q6, q5, q4"):
         plan_preset("q3", source)
 
 

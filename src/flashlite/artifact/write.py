@@ -38,15 +38,24 @@ from flashlite.artifact.integrity import parse_json, read_small
 from flashlite.artifact.read import load_texts, load_weights, open_artifact
 from flashlite.artifact.staging import staged
 from flashlite.checkpoint.tokenizer import TokenizerFiles
+from flashlite.compress.normalize import Ready
+from flashlite.compress.pack import Quantized, pack
 from flashlite.compress.plan import Plan, plan_preset, stored_shapes
 from flashlite.compress.screen import SCREEN
 from flashlite.compress.split_head import Fitted
-from flashlite.compress.tensors import compress_tensor
+from flashlite.compress.tensors import compress_tensor, packed_arrays
 from flashlite.errors import ArtifactError
 from flashlite.model.encoder import Spec
 from flashlite.model.source import SourceTensors
 
-__all__ = ["add_screen", "quantize", "record", "write_artifact"]
+__all__ = [
+    "add_screen",
+    "artifact_bytes",
+    "measured_of",
+    "quantize",
+    "record",
+    "write_artifact",
+]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of weights written, bytes in all)."""
@@ -60,6 +69,9 @@ def quantize(
     *,
     name: str,
     provenance: Mapping[str, str],
+    plan: Plan | None = None,
+    ready: Ready | None = None,
+    measured: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Quantize a described checkpoint into an artifact.
@@ -71,6 +83,9 @@ def quantize(
         preset: `import`, `hybrid`, `q8`, `q6`, `q5` or `q4`.
         name: the model's name, 1 to 64 of a-z, 0-9, dot, dash, underscore.
         provenance: `source`, `sha256` and `licence` of the weights.
+        plan: the format of every tensor, instead of the preset's.
+        ready: tensors that are quantized already (vectors: as floats), by stored name.
+        measured: what is known of its quality, for the card.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -78,20 +93,28 @@ def quantize(
         CheckpointError: the source cannot be read.
         ArtifactError: the folder cannot be written; nothing is left behind.
     """
-    plan = plan_preset(preset, source)
+    chosen = plan_preset(preset, source) if plan is None else plan
+    made = ready or {}
 
     def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
-        for stored in stored_shapes(source.spec, plan):
-            yield from compress_tensor(source, stored, plan.formats[stored]).items()
+        for stored in stored_shapes(source.spec, chosen):
+            matrix = made.get(stored)
+            if matrix is None:
+                yield from compress_tensor(source, stored, chosen.formats[stored]).items()
+            elif isinstance(matrix, Quantized):
+                yield from packed_arrays(stored, pack(matrix)).items()
+            else:
+                yield stored, matrix
 
     return write_artifact(
         directory,
         source.spec,
-        plan,
+        chosen,
         tokenizer,
         arrays(),
         name=name,
         provenance=provenance,
+        measured=measured,
         progress=progress,
     )
 
@@ -121,6 +144,7 @@ def add_screen(artifact: Artifact, fitted: Fitted) -> Artifact:
         arrays(),
         name=artifact.name,
         provenance=artifact.provenance,
+        measured=measured_of(artifact),
     )
 
 
@@ -171,6 +195,7 @@ def write_artifact(
     *,
     name: str,
     provenance: Mapping[str, str],
+    measured: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Write an artifact from its arrays, which are taken one at a time.
@@ -183,6 +208,7 @@ def write_artifact(
         arrays: (stored name, array) in the order of `layout(spec, plan)`, padding left out.
         name: as `quantize`.
         provenance: as `quantize`.
+        measured: as `quantize`.
         progress: as `quantize`.
 
     Raises:
@@ -205,13 +231,7 @@ def write_artifact(
         arranged.size,
         nothing,
     )
-    texts = {
-        CONFIG: _json(artifact.config()),
-        TOKENIZER: tokenizer.tokenizer_json,
-        CARD: _json(_card(artifact)),
-    }
-    if tokenizer.chat_template is not None:
-        texts[TEMPLATE] = tokenizer.chat_template.encode()
+    texts = _texts(artifact, tokenizer, measured)
     # The manifest holds about 100 bytes per tensor, as the header of the weights does.
     needed = arranged.size + 2 * len(arranged.header()) + sum(map(len, texts.values())) + (1 << 16)
     with staged(directory, needed) as folder:
@@ -223,6 +243,51 @@ def write_artifact(
         (folder / MANIFEST).write_bytes(_manifest(artifact.format_version, files, digests))
         written = open_artifact(folder)  # only what can be read takes the place of what was there
     return replace(written, path=directory)
+
+
+def artifact_bytes(
+    spec: Spec,
+    plan: Plan,
+    tokenizer: TokenizerFiles,
+    *,
+    name: str,
+    provenance: Mapping[str, str],
+    measured: Mapping[str, Any] | None = None,
+) -> int:
+    """What `write_artifact` would put on disk, to a few bytes, without writing it."""
+    arranged = layout(spec, plan)
+    artifact = Artifact(
+        Path(),
+        name,
+        spec,
+        plan,
+        tokenizer.tokens,
+        provenance,
+        arranged.tensors,
+        arranged.size,
+        Manifest({}, {}, ""),
+    )
+    texts = _texts(artifact, tokenizer, measured)
+    digest = "0" * 64
+    files = {file: FileDigest(len(data), digest) for file, data in texts.items()}
+    files[WEIGHTS] = FileDigest(arranged.size, digest)
+    manifest = _manifest(artifact.format_version, files, dict.fromkeys(arranged.tensors, digest))
+    small = sum(map(len, texts.values())) + len(manifest)
+    return arranged.size + len(arranged.header()) + small
+
+
+def _texts(
+    artifact: Artifact, tokenizer: TokenizerFiles, measured: Mapping[str, Any] | None
+) -> dict[str, bytes]:
+    """The small files but the manifest."""
+    texts = {
+        CONFIG: _json(artifact.config()),
+        TOKENIZER: tokenizer.tokenizer_json,
+        CARD: _json(_card(artifact, measured or {})),
+    }
+    if tokenizer.chat_template is not None:
+        texts[TEMPLATE] = tokenizer.chat_template.encode()
+    return texts
 
 
 def _write_weights(
@@ -276,7 +341,15 @@ def _manifest(version: int, files: Mapping[str, FileDigest], tensors: Mapping[st
     )
 
 
-def _card(artifact: Artifact) -> dict[str, Any]:
+def measured_of(artifact: Artifact) -> dict[str, Any]:
+    """What the card of an artifact says was measured, but of its split head."""
+    card = parse_json(read_small(artifact.path, CARD, artifact.manifest), artifact.path / CARD)
+    found = card.get("measured")
+    known = found if isinstance(found, dict) else {}
+    return {name: value for name, value in known.items() if name != "split_head"}
+
+
+def _card(artifact: Artifact, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What is known before anything is measured: sizes, and bits per weight."""
     formats: dict[str, dict[str, int]] = {}
     parameters = 0
@@ -303,7 +376,10 @@ def _card(artifact: Artifact) -> dict[str, Any]:
         "weights_bytes": artifact.weights_size,
         "bits_per_weight": round(8 * total / parameters, 3),
         "formats": formats,
-        "measured": {} if screen is None else {"split_head": dict(screen.measured)},
+        "measured": {
+            **measured,
+            **({} if screen is None else {"split_head": dict(screen.measured)}),
+        },
     }
 
 

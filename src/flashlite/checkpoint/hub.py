@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from flashlite.errors import PullError
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
-__all__ = ["HubFile", "Repository", "Snapshot", "fetch_snapshot", "parse"]
+__all__ = ["HubFile", "Repository", "Snapshot", "describe_snapshot", "fetch_snapshot", "parse"]
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REFERENCE = re.compile(
@@ -99,16 +100,41 @@ def fetch_snapshot(wanted: Repository, folder: Path, progress: Progress) -> Snap
         PullError: the repository is missing or closed, holds nothing flashlite reads, the
             network or the disk failed, or a file is not as declared.
     """
-    import httpx2
+    with _explained(wanted):
+        snapshot = _describe(wanted)
+        _download(wanted, snapshot, folder, progress)
+    for file in snapshot.files:
+        _check(folder, file)
+    return snapshot
+
+
+def describe_snapshot(wanted: Repository) -> Snapshot:
+    """What `fetch_snapshot` would bring, as the repository declares it; nothing is fetched.
+
+    Raises:
+        PullError: as `fetch_snapshot`.
+    """
+    with _explained(wanted):
+        return _describe(wanted)
+
+
+def _describe(wanted: Repository) -> Snapshot:
     from huggingface_hub import HfApi
+
+    info = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(
+        wanted.id, revision=wanted.revision, files_metadata=True
+    )
+    return _chosen(wanted, info)
+
+
+@contextmanager
+def _explained(wanted: Repository) -> Iterator[None]:
+    """Turn what the hub library raises into one line."""
+    import httpx2
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        info = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(
-            wanted.id, revision=wanted.revision, files_metadata=True
-        )
-        snapshot = _chosen(wanted, info)
-        _download(wanted, snapshot, folder, progress)
+        yield
     except GatedRepoError:
         raise PullError(
             f"hf:{wanted.id} asks for its terms to be accepted: accept them on its page, "
@@ -124,9 +150,6 @@ def fetch_snapshot(wanted: Repository, folder: Path, progress: Progress) -> Snap
             f"could not fetch hf:{wanted.id} ({reason[0][:200]}): check the network and "
             "HF_ENDPOINT, then pull again; what has come is kept"
         ) from error
-    for file in snapshot.files:
-        _check(folder, file)
-    return snapshot
 
 
 def _chosen(wanted: Repository, info: ModelInfo) -> Snapshot:

@@ -29,7 +29,7 @@ from flashlite.errors import PullError
 if TYPE_CHECKING:
     from flashlite.checkpoint.hub import Repository
 
-__all__ = ["Progress", "Pulled", "pull", "resolve_model"]
+__all__ = ["Progress", "Pulled", "digest_of", "pull", "resolve_model"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NOTE = "pulled.json"
@@ -93,7 +93,7 @@ def _pull_known(model: KnownModel, accept: bool, offline: bool, progress: Progre
         path=folder / model.main,
         licence=model.licence,
         licence_url=model.licence_url,
-        sha256=_digest({file.name: file.sha256 for file in model.files}),
+        sha256=digest_of({file.name: file.sha256 for file in model.files}),
     )
     _check_licence(model, folder, accept)
     if _unchanged(folder, folder / _NOTE).get("sha256") == pulled.sha256:
@@ -144,7 +144,7 @@ def _fetch_hub(wanted: Repository, folder: Path, path: Path, progress: Progress)
         "main": gguf[0] if gguf else "",
         "licence": snapshot.licence,
         "commit": snapshot.commit,
-        "sha256": _digest({name: sha256_file(folder / name) for name in gguf or names}),
+        "sha256": digest_of({name: sha256_file(folder / name) for name in gguf or names}),
         "files": stamps(folder, names),
     }
     write_note(path, note)
@@ -211,7 +211,7 @@ def _locked(name: str) -> Iterator[None]:
         yield
 
 
-def _digest(files: dict[str, str]) -> str:
+def digest_of(files: dict[str, str]) -> str:
     """One sha256 for a model: that of its only file, else that of its `sha256sum` listing."""
     if len(files) == 1:
         return next(iter(files.values()))

@@ -2,6 +2,7 @@
 
     import   Q4_0, Q4_1, Q5_0 and Q8_0 keep their grid bit for bit, every other type becomes q8
     hybrid   FP16 look-up table, INT8 layers and head
+    lossless INT8 throughout, and no split head
     q8       INT8 throughout
     q6, q5   INT6 or INT5 throughout: between the two in size and in loss
     q4       INT4 throughout: q4m, or q4 where the source is Q4_0 and so loses nothing
@@ -34,7 +35,7 @@ from flashlite.model.spec import ModelSpec
 __all__ = ["PACKED", "PRESETS", "Format", "Plan", "plan_preset", "stored_shapes"]
 
 Format = Literal["q8", "q6", "q5", "q4", "q4m", "f16", "f32"]
-PRESETS = ("import", "hybrid", "q8", "q6", "q5", "q4")
+PRESETS = ("import", "hybrid", "lossless", "q8", "q6", "q5", "q4")
 PACKED: tuple[Format, ...] = ("q8", "q6", "q5", "q4", "q4m")  # what matrices are multiplied in
 _IMPORTED: Mapping[str, Format] = {"Q4_0": "q4", "Q4_1": "q4m", "Q5_0": "q5", "Q8_0": "q8"}
 _UNIFORM: Mapping[str, Format] = {"q6": "q6", "q5": "q5"}

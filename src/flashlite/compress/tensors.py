@@ -34,7 +34,7 @@ from flashlite.compress.plan import Format
 from flashlite.compress.quantize import quantize_matrix, to_half
 from flashlite.model.source import SourceTensors
 
-__all__ = ["compress_tensor", "keeps_grid"]
+__all__ = ["compress_tensor", "keeps_grid", "kept_grid", "packed_arrays"]
 
 _BAND_VALUES = 1 << 19  # weights decoded at a time, per thread
 _KEPT = {
@@ -76,7 +76,11 @@ def compress_tensor(source: SourceTensors, name: str, fmt: Format) -> dict[str, 
     _, raw = source.blocks(canonical)
     if fmt == "f16":
         return {name: _half_table(info, raw, canonical)}
-    packed = _packed(info, raw, fmt, canonical)
+    return packed_arrays(name, _packed(info, raw, fmt, canonical))
+
+
+def packed_arrays(name: str, packed: Packed) -> dict[str, NDArray[Any]]:
+    """The arrays of one packed matrix by their names in the artifact, in stored order."""
     arrays: dict[str, NDArray[Any]] = {
         f"{name}.codes": packed.codes,
         f"{name}.scales": packed.scales,
@@ -84,6 +88,18 @@ def compress_tensor(source: SourceTensors, name: str, fmt: Format) -> dict[str, 
     if packed.mins is not None:
         arrays[f"{name}.mins"] = packed.mins
     return arrays
+
+
+def kept_grid(source: SourceTensors, name: str, fmt: Format) -> Quantized | None:
+    """The source's own codes and scales where the format holds them without loss, else None.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+    """
+    info = source.info(name)
+    if not keeps_grid(info.dtype, fmt):
+        return None
+    return _keep(info, source.blocks(name)[1], fmt)
 
 
 def _half_table(info: TensorInfo, raw: Bytes, name: str) -> NDArray[np.float16]:

@@ -79,8 +79,8 @@ class Reference:
 
     def layer(self, i: int, x: Floats) -> Floats:
         """The residual after layer `i`, given the one before it: both (positions, d_model)."""
-        x = x + self._attention(i, x)
-        return x + self._mlp(i, x)
+        x = x + self.attention(i, x)
+        return x + self.mlp(i, x)
 
     def final_norm(self, x: Floats) -> Floats:
         """What the head reads, given the residual after the last layer."""
@@ -91,7 +91,12 @@ class Reference:
         logits: Floats = hidden @ self._weight("embed" if self.spec.tied_head else "head").T
         return logits
 
-    def _attention(self, i: int, x: Floats) -> Floats:
+    def attention(self, i: int, x: Floats) -> Floats:
+        """What the attention of layer `i` adds to the residual `x`."""
+        return self.attention_out(i, self.attended(i, x))
+
+    def attended(self, i: int, x: Floats) -> Floats:
+        """What `o` of layer `i` reads: every head's mix of values, (positions, q_rows)."""
         spec, layer = self.spec, f"layers.{i}."
         cos, sin = rope_tables(spec, np.arange(len(x)), spec.slides(i))
         x = self._norm(layer + "attn_norm", x)
@@ -102,7 +107,12 @@ class Reference:
         counts = spec.heads_of(i)
         shared = np.repeat(np.arange(len(counts)), counts)  # KV head of each query head
         heads = [self.attend(i, h, q[h], k[kv], v[kv]) for h, kv in enumerate(shared)]
-        y = self._linear(layer + "o", np.concatenate(heads, axis=-1))
+        return np.concatenate(heads, axis=-1)
+
+    def attention_out(self, i: int, mixed: Floats) -> Floats:
+        """What the attention adds to the residual, given what `attended` returns."""
+        spec, layer = self.spec, f"layers.{i}."
+        y = self._linear(layer + "o", mixed)
         if spec.lost_heads(i):
             y += self._weight(layer + "o_bias")
         return self._norm(layer + "post_attn_norm", y) if spec.post_norms else y
@@ -122,11 +132,22 @@ class Reference:
         by_head: Floats = y.reshape(len(x), -1, self.spec.head_dim).swapaxes(0, 1)
         return by_head
 
-    def _mlp(self, i: int, x: Floats) -> Floats:
-        spec, layer = self.spec, f"layers.{i}."
+    def mlp(self, i: int, x: Floats) -> Floats:
+        """What the MLP of layer `i` adds to the residual `x`."""
+        return self.mlp_out(i, self.gated(i, x))
+
+    def gated(self, i: int, x: Floats) -> Floats:
+        """What `down` of layer `i` reads: the neurons, (positions, d_ff)."""
+        layer = f"layers.{i}."
         x = self._norm(layer + "ffn_norm", x)
         gate, up = (self._linear(layer + name, x) for name in ("gate", "up"))
-        y = self._linear(layer + "down", self.act(i, gate) * up)
+        neurons: Floats = self.act(i, gate) * up
+        return neurons
+
+    def mlp_out(self, i: int, neurons: Floats) -> Floats:
+        """What the MLP adds to the residual, given what `gated` returns."""
+        spec, layer = self.spec, f"layers.{i}."
+        y = self._linear(layer + "down", neurons)
         return self._norm(layer + "post_ffn_norm", y) if spec.post_norms else y
 
     def _linear(self, name: str, x: Floats) -> Floats:

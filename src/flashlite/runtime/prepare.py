@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
@@ -27,10 +29,16 @@ from flashlite.errors import (
     UsageError,
 )
 
+if TYPE_CHECKING:
+    from flashlite.compress.normalize import Ready
+    from flashlite.compress.plan import Plan
+    from flashlite.model.source import SourceModel
+
 __all__ = [
     "DEFAULT_ENCODER",
     "DEFAULT_MODEL",
     "SPLIT_HEAD",
+    "Decided",
     "Progress",
     "artifact_path",
     "compile_artifact",
@@ -45,6 +53,16 @@ SPLIT_HEAD = ("auto", "off", "on")
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something long runs."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A model's plan and the tensors that are quantized already."""
+
+    source: SourceModel
+    plan: Plan
+    ready: Ready
+    measured: Mapping[str, float]
 
 
 def find_artifact(
@@ -88,6 +106,7 @@ def make_artifact(
     *,
     head: str = "auto",
     like: str | None = None,
+    decided: Decided | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Quantize a pulled checkpoint into `directory`; it appears whole or not at all.
@@ -95,6 +114,7 @@ def make_artifact(
     Args:
         head: `split_head`'s mode.
         like: for an HDF5 file of weights alone, a model of the same shape; see `open_checkpoint`.
+        decided: formats and matrices found beforehand, instead of the preset's.
 
     Raises:
         FlashliteError: the checkpoint, its tokenizer or the disk is at fault.
@@ -107,7 +127,7 @@ def make_artifact(
     from flashlite.model.source import EncoderSource
 
     checkpoint = open_checkpoint(pulled.path, like=like)
-    source = describe_any(checkpoint)
+    source = describe_any(checkpoint) if decided is None else decided.source
     tokenizer = build_tokenizer_checked(checkpoint)
     artifact = quantize(
         source,
@@ -120,6 +140,9 @@ def make_artifact(
             "sha256": pulled.sha256 or _sha256(pulled.path),
             "licence": pulled.licence or "",
         },
+        plan=None if decided is None else decided.plan,
+        ready=None if decided is None else decided.ready,
+        measured=None if decided is None else decided.measured,
         progress=_stage(progress, "quantize"),
     )
     if isinstance(source, EncoderSource):  # it has none
