@@ -18,13 +18,14 @@ import click
 from flashlite.cli import language, output
 from flashlite.errors import FlashliteError
 
-__all__ = ["VERBS", "main", "quantize", "validate"]
+__all__ = ["VERBS", "analyze", "main", "quantize", "validate"]
 
 # Every verb with its line of help. Its module (a dash is `_`) is imported when it is used: `--help`
 # and a mistyped verb stay quick.
 VERBS = {
     "pull": "Fetch a pretrained model.",
     "inspect": "Show what a model, a file or an artifact holds.",
+    "analyze": "Measure what each part of a model loses in each format.",
     "quantize": "Compress a model into an artifact.",
     "export-h5": "Write a model's weights in FP32 into an HDF5 file.",
     "validate": "Prove what an artifact lost against its source.",
@@ -100,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _explain(error)
     except KeyboardInterrupt:
         return 130
+
+
+def analyze() -> int:
+    """`flashlite_analyze` is `flashlite analyze`."""
+    return main(["analyze", *sys.argv[1:]])
 
 
 def quantize() -> int:

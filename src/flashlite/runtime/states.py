@@ -10,115 +10,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashlite.analyze.openings import OPENINGS, Opening
 from flashlite.artifact.format import Artifact
-from flashlite.artifact.read import load_texts, load_weights
+from flashlite.artifact.read import load_texts
 from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.errors import TemplateError
-from flashlite.runtime.engine import Engine, Work
-from flashlite.runtime.library import MAX_BATCH, load_library
-from flashlite.runtime.prepare import compile_artifact
-from flashlite.runtime.sampler import Sampler
-from flashlite.runtime.sampling import SamplingParams
+from flashlite.runtime.writing import Writer, open_writing, write
 
-__all__ = ["OPENINGS", "Opening", "sample_states"]
+__all__ = ["sample_states"]
 
-
-@dataclass(frozen=True)
-class Opening:
-    """Two beginnings of texts, and two questions to a chat model: of each one to fit to, and one to
-    measure on.
-    """
-
-    language: str
-    texts: tuple[str, str]
-    questions: tuple[str, str]
-
-
-OPENINGS = (
-    Opening(
-        "en",
-        ("The history of the city began", "Yesterday the government said"),
-        ("What makes a good teacher?", "How do I plant a small garden?"),
-    ),
-    Opening(
-        "es",
-        ("La historia de la ciudad comenzó", "Ayer el gobierno anunció"),
-        ("¿Qué comida es típica de México?", "¿Cómo puedo ahorrar dinero?"),
-    ),
-    Opening(
-        "fr",
-        ("L'histoire de la ville commence", "Hier, le gouvernement a annoncé"),
-        ("Comment se forment les nuages ?", "Que visiter à Paris en un jour ?"),
-    ),
-    Opening(
-        "de",
-        ("Die Geschichte der Stadt begann", "Gestern teilte die Regierung mit"),
-        ("Warum ist der Himmel blau?", "Wie backe ich einen Apfelkuchen?"),
-    ),
-    Opening(
-        "it",
-        ("La storia della città iniziò", "Ieri il governo ha annunciato"),
-        ("Come si prepara il pane?", "Quali sport fanno bene alla schiena?"),
-    ),
-    Opening(
-        "pt",
-        ("A história da cidade começou", "Ontem o governo anunciou"),
-        ("Como funciona um motor elétrico?", "O que devo levar para a praia?"),
-    ),
-    Opening(
-        "ru",
-        ("История города началась", "Вчера правительство сообщило"),
-        ("Почему листья осенью желтеют?", "Как выбрать хорошую книгу?"),
-    ),
-    Opening(
-        "tr",
-        ("Şehrin tarihi", "Dün hükümet açıkladı"),
-        ("Sağlıklı yaşamak için ne yapmalıyım?", "İyi bir çay nasıl demlenir?"),
-    ),
-    Opening(
-        "vi",
-        ("Lịch sử của thành phố bắt đầu", "Hôm qua chính phủ cho biết"),
-        ("Làm thế nào để học một ngôn ngữ mới?", "Món ăn nào nấu nhanh nhất?"),
-    ),
-    Opening(
-        "zh",
-        ("这座城市的历史始于", "昨天政府宣布"),
-        ("怎样才能睡得更好？", "春天适合去哪里旅行？"),
-    ),
-    Opening(
-        "ja",
-        ("この町の歴史は", "昨日、政府は"),
-        ("日本の四季について教えてください。", "簡単な朝ごはんは何ですか？"),
-    ),
-    Opening(
-        "ko",
-        ("이 도시의 역사는", "어제 정부는"),
-        ("건강한 아침 식사를 추천해 주세요.", "한국어를 어떻게 공부하나요?"),
-    ),
-    Opening(
-        "ar",
-        ("بدأ تاريخ المدينة", "أعلنت الحكومة أمس"),
-        ("ما هي فوائد القراءة؟", "كيف أتعلم الطبخ؟"),
-    ),
-    Opening(
-        "hi",
-        ("शहर का इतिहास", "कल सरकार ने कहा"),
-        ("पानी क्यों ज़रूरी है?", "अच्छी नींद कैसे आए?"),
-    ),
-    Opening(
-        "code",
-        ("def read_lines(path):\n", "#include <stdio.h>\n\nint main("),
-        (
-            "Write a Python function that reverses a string.",
-            "Write a shell command that counts the lines of a file.",
-        ),
-    ),
-)
+# What split heads are fitted to: another list would mean other bytes in the same artifact.
+_LANGUAGES = (
+    "en", "es", "fr", "de", "it", "pt", "ru", "tr", "vi", "zh", "ja", "ko", "ar", "hi", "code",
+)  # fmt: skip
 _TOKENS = 200  # sampled from each beginning
 _FITTED = (0.0, 0.7, 0.7, 1.0, 1.0)  # temperatures of texts to fit to
 _CHECKED = (0.7, 1.0)  # and to measure on: texts at 0 repeat themselves and are screened well
@@ -151,6 +59,7 @@ def sample_states(
     jobs = [
         (ids, temperature)
         for opening in OPENINGS
+        if opening.language in _LANGUAGES
         for ids in _beginnings(tokenizer, opening, int(check))
         for temperature in (_CHECKED if check else _FITTED)
     ]
@@ -158,63 +67,18 @@ def sample_states(
     batch = min(len(jobs), 32)
     ends = frozenset(artifact.tokens.eos)
     states: list[NDArray[np.float32]] = []
-    with Engine(
-        load_library(compile_artifact(artifact)),
-        load_weights(artifact),
-        max_tokens=batch * (longest + 32),
-        max_sequences=batch,
-        exact_head=True,
-    ) as engine:
+    with open_writing(artifact, batch, longest) as engine:
         for first in range(0, len(jobs), batch):
             if progress is not None:
                 progress(first, len(jobs))
             writers = [
-                _Writer(engine, ids, tokens, temperature, seed + first + i)
+                Writer(engine, ids, tokens, temperature, seed + first + i)
                 for i, (ids, temperature) in enumerate(jobs[first : first + batch])
             ]
-            _write(engine, writers, ends)
+            write(engine, writers, ends, states=True)
             for writer in writers:
                 states += writer.states
     return np.array(states, np.float32)
-
-
-class _Writer:
-    """One text on its way."""
-
-    def __init__(
-        self, engine: Engine, ids: list[int], tokens: int, temperature: float, seed: int
-    ) -> None:
-        prompt = np.array(ids, np.int32)
-        self.sequence = engine.new_sequence(len(ids) + tokens)
-        self.next = ids
-        self.left = tokens
-        self.states: list[NDArray[np.float32]] = []
-        params = SamplingParams(temperature=temperature, seed=seed)
-        scratch = np.empty(engine.vocab_size, np.uint64)
-        self._sampler = Sampler(engine.library, params, prompt, tokens, scratch)
-
-    def take(
-        self, logits: NDArray[np.float32], state: NDArray[np.float32], ends: frozenset[int]
-    ) -> None:
-        """Keep the state and draw the next token."""
-        self.states.append(state.copy())
-        token = self._sampler.draw(logits).token
-        self.next, self.left = [token], 0 if token in ends else self.left - 1
-
-
-def _write(engine: Engine, writers: list[_Writer], ends: frozenset[int]) -> None:
-    for writer in writers:
-        for at in range(0, len(writer.next) - 1, MAX_BATCH):
-            engine.step([Work(writer.sequence, writer.next[at:-1][:MAX_BATCH], "none")])
-        writer.next = writer.next[-1:]
-    hidden = np.empty((len(writers), int(engine.info.d_model)), np.float32)
-    while running := [writer for writer in writers if writer.left]:
-        states = hidden[: len(running)]
-        logits = engine.step([Work(w.sequence, w.next) for w in running], hidden=states)
-        for writer, row, state in zip(running, logits, states, strict=True):
-            writer.take(row, state, ends)
-    for writer in writers:
-        writer.sequence.release()
 
 
 def _beginnings(tokenizer: Tokenizer, opening: Opening, which: int) -> list[list[int]]:

@@ -1,0 +1,1 @@
+"""Measure a model: what each part costs, what its loss would do, what could be left out."""
