@@ -118,6 +118,10 @@ def command(
     for target in (path, report):
         if target is not None and not target.absolute().parent.is_dir():
             raise UsageError(f"there is no folder {target.parent} to write {target.name} into")
+    if report is not None:
+        from flashlite.analyze.plots import require_matplotlib
+
+        require_matplotlib()  # before the work, not after it
     with options.stages() as progress, limit_data(ceiling):
         analysis, state = _analyze(
             str(model or named), path, text, like,
