@@ -206,7 +206,7 @@ class Analysis:
             raise UsageError(f"the analysis is {type(data).__name__}, not an object")
         if data.get("version") != VERSION or isinstance(data.get("version"), bool):
             raise UsageError(
-                f"the analysis has version {str(data.get('version'))[:20]}, this flashlite reads "
+                f"the analysis has version {ascii(data.get('version'))[:20]}, this flashlite reads "
                 f"{VERSION}; run `flashlite analyze` again"
             )
         found = read(cls, {key: value for key, value in data.items() if key != "version"}, "")

@@ -64,6 +64,7 @@ class Exact:
         self.spec = spec
         self._weights = weights
         self._head = "embed" if spec.tied_head else "head"
+        self._step = max(1, _CHUNK_VALUES // spec.vocab_size)
         stride = max(1, total // max(1, positions))
         self._rows = [np.arange(max(1, stride - 1), len(ids), stride) for ids in self._sequences]
         reference = Reference(spec, weights)
@@ -143,8 +144,7 @@ class Exact:
         return found
 
     def _chunks(self) -> list[slice]:
-        step = max(1, _CHUNK_VALUES // self.spec.vocab_size)
-        return [slice(at, at + step) for at in range(0, len(self._states), step)]
+        return [slice(at, at + self._step) for at in range(0, len(self._states), self._step)]
 
     def _likely(self, rows: slice) -> Floats:
         """The source's probabilities, (rows, vocab)."""
@@ -156,15 +156,17 @@ class Exact:
 
     def _divergence(self, states: Floats, head: Floats | None) -> float:
         """Mean KL in nats; `head` None: the source's own."""
-        own = self._weights(self._head)
+        own = self._weights(self._head).T
         total = 0.0
+        # Fresh memory of this size costs as much as the sums in it: it is taken once.
+        room = np.empty((min(self._step, len(states)), self.spec.vocab_size), np.float32)
         for at, rows in enumerate(self._chunks()):
             p = self._likely(rows) if self._kept is None else self._kept[at]
             if head is None:
-                change: Floats = (states[rows] - self._states[rows]) @ own.T
+                change = np.matmul(states[rows] - self._states[rows], own, out=room[: len(p)])
             else:
-                change = states[rows] @ head.T
-                change -= self._states[rows] @ own.T
+                change = np.matmul(states[rows], head.T, out=room[: len(p)])
+                change -= self._states[rows] @ own
             total += float(_divergences(p, change).sum())
         return total / len(self._states)
 

@@ -1,12 +1,12 @@
 """`analyze`: every stage of an analysis, each kept as it is done.
 
-statistics (sums, every few sequences) -> units one by one -> embedding -> together -> heads
+statistics (sums, every few sequences) -> units one by one -> all together -> heads
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from flashlite.analyze.analysis import (
     AnalysedModel,
     Analysis,
     Calibration,
-    EmbeddingLoss,
     HeadScore,
     KvGroupScore,
     LayerScore,
@@ -28,7 +27,6 @@ from flashlite.analyze.sensitivity import (
     Formats,
     Measured,
     additivity,
-    embedding_losses,
     fit_proxy,
     measure_unit,
     units_with_losses,
@@ -44,6 +42,7 @@ __all__ = ["Settings", "analyze"]
 
 Progress = Callable[[str, int, int], None]
 
+_GRADIENT_SEQUENCES = 32
 _KEPT_EVERY = 8  # sequences between two savings of the statistics
 
 
@@ -109,13 +108,11 @@ def analyze(
     measured: dict[str, Measured] = {}
     for at, unit in enumerate(units):
         report("sensitivity", at, len(units))
-        part = state.load(f"unit-{unit.name}")
-        if part is None:
+        found = _kept_unit(state, unit.name)
+        if found is None:
             found = measure_unit(unit, spec, weights, statistics, formats, exact, settings.exact)
             state.save(f"unit-{unit.name}", found.to_json())
-            part = state.load(f"unit-{unit.name}")
-        measured[unit.name] = Measured.from_json(part)
-    embedding = _embedding(spec, weights, formats, settings, exact, state, report)
+        measured[unit.name] = found
     added = {}
     for at, fmt in enumerate(settings.exact):
         report("all together", at, len(settings.exact))
@@ -146,12 +143,19 @@ def analyze(
             for name, loss in found.predicted.items()
         ),
         proxy=proxy,
-        embedding=embedding,
+        embedding=measured["embed"].embedding,
         heads=scores[0],
         kv_groups=scores[1],
         neurons=scores[2],
         layers=tuple(LayerScore(i, x) for i, x in enumerate(heads_.redundancies(exact))),
     )
+
+
+def _kept_unit(state: State, name: str) -> Measured | None:
+    try:
+        return Measured.from_json(state.load(f"unit-{name}"))
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def _statistics(
@@ -165,6 +169,8 @@ def _statistics(
     stage = "statistics with gradients" if settings.gradients else "statistics"
     sums = Sums()
     sequences = calibration.sequences
+    if settings.gradients:  # the way back costs three times the way there
+        sequences = sequences[:_GRADIENT_SEQUENCES]
     if (kept := state.load_arrays("statistics")) is not None:
         sums.update(kept)
     first = int(sums.pop("sequences", np.zeros(())))
@@ -178,26 +184,6 @@ def _statistics(
         if (at + 1) % _KEPT_EVERY == 0 or at + 1 == len(sequences):
             state.save_arrays("statistics", {**sums, "sequences": np.array(at + 1)})
     return Statistics.of(spec, sums)
-
-
-def _embedding(
-    spec: ModelSpec,
-    weights: CachedWeights,
-    formats: Formats,
-    settings: Settings,
-    exact: Exact,
-    state: State,
-    report: Progress,
-) -> dict[str, EmbeddingLoss]:
-    found = {}
-    for at, fmt in enumerate(formats.names):
-        report("embedding", at, len(formats.names))
-        part = state.load(f"embedding-{fmt}")
-        if part is None:
-            part = asdict(embedding_losses(spec, weights, formats, fmt, exact))
-            state.save(f"embedding-{fmt}", part)
-        found[fmt] = EmbeddingLoss(**part)
-    return found
 
 
 def _heads(

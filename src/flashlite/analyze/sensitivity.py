@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ __all__ = [
     "Formats",
     "Measured",
     "additivity",
-    "embedding_losses",
     "fit_proxy",
     "measure_unit",
     "units_with_losses",
@@ -49,19 +48,29 @@ class Formats:
 
 @dataclass(frozen=True)
 class Measured:
-    """One unit: predicted losses by tensor and format, exact ones by format."""
+    """One unit: predicted losses by tensor and format, exact ones by format; of the table of tokens
+    also its uses apart.
+    """
 
     predicted: Mapping[str, Mapping[str, float]]
     exact: Mapping[str, float]
+    embedding: Mapping[str, EmbeddingLoss] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads."""
-        return {"predicted": self.predicted, "exact": self.exact}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Measured:
-        """Read what `to_json` wrote."""
-        return cls(data["predicted"], data["exact"])
+        """Read what `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, AttributeError: it is something else.
+        """
+        embedding = data["embedding"]
+        if embedding is not None:
+            embedding = {fmt: EmbeddingLoss(**loss) for fmt, loss in embedding.items()}
+        return cls(data["predicted"], data["exact"], embedding)
 
     def total(self, fmt: str) -> float:
         """Predicted loss of the unit in a format."""
@@ -77,9 +86,12 @@ def measure_unit(
     exact: Exact,
     wanted: Iterable[str],
 ) -> Measured:
-    """Round a unit in every format; run the model with it in the `wanted` ones."""
+    """Round a unit in every format; run the model with it in the `wanted` ones, and with the table
+    of tokens in all.
+    """
     predicted: dict[str, dict[str, float]] = {name: {} for name in unit.tensors}
     measured: dict[str, float] = {}
+    embedding: dict[str, EmbeddingLoss] = {}
     wanted = set(wanted)
     for fmt in formats.names:
         changed: dict[str, Floats] = {}
@@ -87,26 +99,35 @@ def measure_unit(
             source = weights(name)
             rounded = formats.round_trip(name, source, fmt)
             predicted[name][fmt] = _predict(name, source, rounded, spec, statistics)
-            if fmt in wanted:
+            if rounded is not source:
                 changed[name] = rounded
-        if fmt in wanted:
-            measured[fmt] = _exact(unit, spec, exact, changed)
-    return Measured(predicted, measured)
+        if unit.name == "embed":
+            embedding[fmt] = _embedding(spec, weights, formats, fmt, exact, changed)
+            measured[fmt] = embedding[fmt].both
+        elif fmt in wanted:
+            first = spec.n_layers if unit.layer is None else unit.layer
+            # Weights that lie on the format's grid already are what they were.
+            measured[fmt] = exact.from_layer(first, changed) if changed else 0.0
+    return Measured(predicted, measured, embedding or None)
 
 
-def embedding_losses(
-    spec: ModelSpec, weights: Read, formats: Formats, fmt: str, exact: Exact
+def _embedding(
+    spec: ModelSpec,
+    weights: Read,
+    formats: Formats,
+    fmt: str,
+    exact: Exact,
+    changed: dict[str, Floats],
 ) -> EmbeddingLoss:
     """Exact losses of the table of tokens in one format, its uses apart."""
+    if not changed:
+        return EmbeddingLoss(0.0, 0.0, 0.0 if spec.tied_head else None, 0.0)
     source = weights("embed")
-    rounded = formats.round_trip("embed", source, fmt)
-    changed = {"embed": rounded}
     both = exact.from_ids(changed)
+    lookup, head = both, None
     if spec.tied_head:
-        lookup, head = exact.from_ids(changed, head=source), exact.head_only(rounded)
-    else:
-        lookup, head = both, None
-    del rounded, changed
+        lookup, head = exact.from_ids(changed, head=source), exact.head_only(changed["embed"])
+    changed.clear()  # a table of a large vocabulary is most of the model
     sizes = np.abs(source).max(axis=1, keepdims=True)
     sizes[sizes == 0] = 1
     normalised = formats.round_trip("embed (rows of one size)", source / sizes, fmt)
@@ -208,12 +229,6 @@ def _predict(
         else:
             total += predicted_kl(change, outputs[name][rows], inputs[name])
     return total
-
-
-def _exact(unit: UnitShape, spec: ModelSpec, exact: Exact, changed: dict[str, Floats]) -> float:
-    if unit.name == "embed":
-        return exact.from_ids(changed)
-    return exact.from_layer(spec.n_layers if unit.layer is None else unit.layer, changed)
 
 
 def _scale(pairs: Iterable[tuple[float, float]], default: float = 1.0) -> float:

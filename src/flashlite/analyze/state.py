@@ -69,7 +69,9 @@ class State:
     def load_arrays(self, name: str) -> dict[str, NDArray[Any]] | None:
         """Arrays by name, None where they are missing."""
         try:
-            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as stored:
+            # Opened here: np.load leaves a damaged file open.
+            with (self.folder / f"{name}.npz").open("rb") as file:
+                stored = np.load(file, allow_pickle=False)
                 return {key: stored[key] for key in stored.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None

@@ -237,6 +237,7 @@ def _count(spec: ModelSpec, ids: Ids, sums: Sums) -> None:
 
 def _multiplied(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every matrix that is multiplied, the head under its own name also where it is tied."""
+    found: dict[str, tuple[int, ...]]
     found = {n: s for n, s in spec.shapes() if len(s) == 2 and n != "embed"}
     found["head"] = (spec.vocab_size, spec.d_model)
     return found

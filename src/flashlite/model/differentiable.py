@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashlite.errors import ContextOverflow, MissingExtra, UsageError
+from flashlite.model.reference import streamed_past
 from flashlite.model.rope import rope_tables
 from flashlite.model.spec import ModelSpec
 
@@ -137,19 +138,22 @@ class Differentiable:
         if spec.qk_norm:
             q, k = self._norm(layer + "q_norm", q), self._norm(layer + "k_norm", k)
         q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
-        group = spec.n_heads // spec.n_kv_heads
-        if group > 1:
-            k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
-        window = spec.sliding_window if spec.slides(i) else None
-        mask = None
-        if window is not None and window < positions:
-            at = self._torch.arange(positions, device=x.device)
-            age = at[:, None] - at
-            mask = (age >= 0) & (age < window)
+        counts = spec.heads_of(i)
+        if max(counts) > 1:
+            shared = self._torch.repeat_interleave(self._torch.tensor(counts, device=x.device))
+            k, v = k[:, shared], v[:, shared]
+        hidden = self._hidden(i, positions, x.device)
         y = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=spec.softmax_scale
+            q,
+            k,
+            v,
+            attn_mask=None if hidden is None else ~hidden,
+            is_causal=hidden is None,
+            scale=spec.softmax_scale,
         )
         y = self._linear(layer + "o", y.transpose(1, 2).flatten(2))
+        if spec.lost_heads(i):
+            y = y + self._weight(layer + "o_bias")
         return self._norm(layer + "post_attn_norm", y) if spec.post_norms else y
 
     def mlp(self, i: int, x: Tensor) -> Tensor:
@@ -180,6 +184,26 @@ class Differentiable:
         if self.spec.qkv_bias:
             y = y + self._weight(name + "_bias")
         return y.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+
+    def _hidden(self, i: int, positions: int, device: Any) -> Tensor | None:
+        """What the queries of a layer do not see, (heads or 1, queries, keys), where that is more
+        than what comes after them.
+        """
+        spec, streams = self.spec, self.spec.streams_of(i)
+        window = spec.sliding_window if spec.slides(i) else None
+        narrow = window is not None and window < positions
+        if not narrow and not any(streams):
+            return None
+        at = self._torch.arange(positions, device=device)
+        age = at[:, None] - at
+        hidden = (age < 0)[None]
+        if narrow:
+            hidden = hidden | (age >= window)
+        if any(streams):
+            past = self._torch.from_numpy(streamed_past(0, positions)).to(device)
+            heads = np.repeat(streams, spec.heads_of(i))
+            hidden = hidden | (self._torch.from_numpy(heads).to(device)[:, None, None] & past)
+        return hidden
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         y = self._torch.nn.functional.linear(x, self._weight(name))

@@ -20,13 +20,14 @@ from flashlite.errors import ContextOverflow, UsageError
 from flashlite.model.rope import rope_tables, rotate
 from flashlite.model.spec import STREAM_PAGE, STREAM_TOKENS, ModelSpec
 
-__all__ = ["Floats", "Observer", "Reference", "Weights"]
+__all__ = ["Floats", "Observer", "Reference", "Weights", "streamed_past"]
 
 Floats = NDArray[np.float32]
 Weights = Mapping[str, Floats] | Callable[[str], Floats]
 Observer = Callable[[str, Floats], None]  # (name of a matrix, what it multiplies: (ids, inputs))
 
-_QUERY_ROWS = 512  # query positions scored at once: bounds the score matrix
+_QUERY_ROWS = 128  # query positions scored at once: their scores stay in the level-2 cache
+_LATER = np.triu(np.ones((_QUERY_ROWS, _QUERY_ROWS), bool), 1)  # keys after their query
 
 
 class Reference:
@@ -164,19 +165,23 @@ def _attend(
     for start in range(0, len(q), _QUERY_ROWS):
         stop = min(start + _QUERY_ROWS, len(q))
         first = 0 if window is None else max(0, start - window + 1)
-        scores = (q[start:stop] @ k[first:stop].T) * np.float32(scale)
-        age = np.arange(start, stop)[:, None] - np.arange(first, stop)
-        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        scores = q[start:stop] @ k[first:stop].T
+        scores *= np.float32(scale)
+        later = _LATER[: stop - start, : stop - start]
+        np.copyto(scores[:, start - first :], -np.inf, where=later)
+        if window is not None and stop - first > window:
+            age = np.arange(start, stop)[:, None] - np.arange(first, stop)
+            np.copyto(scores, -np.inf, where=age >= window)
         if streams:
-            hidden |= _streamed_past(start, stop)
-        scores[hidden] = -np.inf
+            np.copyto(scores, -np.inf, where=streamed_past(start, stop))
         # The query itself is always visible, so the maximum is finite.
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out[start:stop] = (weights @ v[first:stop]) / weights.sum(axis=-1, keepdims=True)
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        out[start:stop] = (scores @ v[first:stop]) / scores.sum(axis=-1, keepdims=True)
     return out
 
 
-def _streamed_past(start: int, stop: int) -> NDArray[np.bool_]:
+def streamed_past(start: int, stop: int) -> NDArray[np.bool_]:
     """What a streaming head hides from the queries start .. stop - 1: (queries, positions)."""
     query, key = np.arange(start, stop)[:, None], np.arange(stop)
     page = np.maximum(0, query - STREAM_TOKENS + 1) // STREAM_PAGE
