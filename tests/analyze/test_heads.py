@@ -25,7 +25,7 @@ def test_mass_is_that_of_the_reference(family: str, monkeypatch: pytest.MonkeyPa
     spec, ids = model.spec, model.texts[0]
     plain: list[float] = []
 
-    def attend(q: Any, k: Any, v: Any, scale: float, window: int | None) -> Any:
+    def attend(q: Any, k: Any, v: Any, scale: float, window: int | None, _: bool) -> Any:
         scores = (q @ k.T) * scale
         age = np.arange(len(q))[:, None] - np.arange(len(k))
         scores[(age < 0) | (age >= (window or 10**9))] = -np.inf

@@ -110,3 +110,29 @@ def test_without_torch_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtra, match=r"flashlite\[train\]"):
         Differentiable(cases["llama"].source.spec, {})
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_layers_that_lost_heads_or_stream_equal_the_reference(
+    cases: Mapping[str, Any], streams: bool
+) -> None:
+    spec = cases["llama"].source.spec
+    assert (spec.n_layers, spec.n_kv_heads) == (2, 2)
+    spec = replace(
+        spec,
+        max_context=400,
+        heads=((spec.n_heads // 2, spec.n_heads // 2 - 1), (1,)),
+        streams=((False, streams), (streams,)),
+    )
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.standard_normal(shape, dtype=np.float32) * np.float32(0.3)
+        for name, shape in spec.shapes()
+    }
+    ids = rng.integers(0, spec.vocab_size, 380)
+    expected = Reference(spec, weights).logits(ids)
+    found = Differentiable(spec, as_tensors(weights)).logits(torch.from_numpy(ids[None]))[0]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-4)
+    if streams:
+        dense = Reference(replace(spec, streams=()), weights).logits(ids)
+        assert np.abs(dense - expected).max() > 1e-3

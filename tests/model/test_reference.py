@@ -19,7 +19,7 @@ from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.errors import ContextOverflow, UsageError
 from flashlite.model.families import describe
 from flashlite.model.metrics import perplexity
-from flashlite.model.reference import Reference
+from flashlite.model.reference import Reference, _attend, streamed_past
 from flashlite.model.source import SourceModel
 
 
@@ -192,3 +192,24 @@ def test_layers_one_by_one_are_the_whole(case: Any) -> None:
     np.testing.assert_array_equal(found, Reference(spec, weights).logits(case.ids))
     matrices = {n: s for n, s in spec.shapes() if len(s) == 2 and n.startswith("layers.")}
     assert seen == {name: (len(case.ids), shape[1]) for name, shape in matrices.items()}
+
+
+@pytest.mark.parametrize("window", [None, 1, 60, 128, 200])
+@pytest.mark.parametrize("streams", [False, True])
+def test_attention_in_blocks_is_that_of_all_queries_at_once(
+    window: int | None, streams: bool
+) -> None:
+    if streams and window is not None:
+        return  # a layer does one of the two
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((420, 8), dtype=np.float32) for _ in range(3))
+    scores = (q @ k.T) * np.float32(0.3)
+    age = np.arange(420)[:, None] - np.arange(420)
+    hidden = (age < 0) | (age >= (window or 420))
+    if streams:
+        hidden |= streamed_past(0, 420)
+    scores[hidden] = -np.inf
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    expected = (weights @ v) / weights.sum(axis=1, keepdims=True)
+    found = _attend(q, k, v, 0.3, window, streams)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

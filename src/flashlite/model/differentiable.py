@@ -139,7 +139,7 @@ class Differentiable:
             q, k = self._norm(layer + "q_norm", q), self._norm(layer + "k_norm", k)
         q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
         counts = spec.heads_of(i)
-        if max(counts) > 1:
+        if any(count > 1 for count in counts):
             shared = self._torch.repeat_interleave(self._torch.tensor(counts, device=x.device))
             k, v = k[:, shared], v[:, shared]
         hidden = self._hidden(i, positions, x.device)
