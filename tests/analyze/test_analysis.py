@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flashlite.analyze import schema
 from flashlite.analyze.analysis import (
     AnalysedModel,
     Analysis,
@@ -27,6 +28,7 @@ from flashlite.analyze.analysis import (
     read_analysis,
     write_analysis,
 )
+from flashlite.analyze.schema import json_schema
 from flashlite.errors import UsageError
 
 ANALYSIS = Analysis(
@@ -149,3 +151,14 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(plain()).replace("0.012", "NaN"), encoding="utf-8")
     with pytest.raises(UsageError, match="units.*kl is nan"):
         read_analysis(path)
+
+
+def test_the_schema_beside_the_code_is_that_of_the_code() -> None:
+    path = Path(schema.__file__).with_name("analysis.schema.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found == json_schema()
+    assert set(found["properties"]) == set(plain())
+    units = found["properties"]["units"]["items"]["properties"]
+    assert set(units) == set(plain()["units"][0])
+    assert "calibration" in found["required"]
+    assert "heads" not in found["required"]

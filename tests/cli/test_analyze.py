@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flashlite.analyze.analysis import read_analysis
-from flashlite.cli import main
+from flashlite.cli import analyze, main
 from flashlite.compress.plan import PACKED
 
 
@@ -19,6 +19,12 @@ def english(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LC_ALL", "LC_MESSAGES", "FLASHLITE_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LANG", "en_US.UTF-8")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyze, "_LENGTH", 128)
+    monkeypatch.setattr(analyze, "_HELD_BACK", 256)
 
 
 @pytest.fixture(scope="module")

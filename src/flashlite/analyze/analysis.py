@@ -25,6 +25,7 @@ from flashlite.analyze.strict import load_json, read
 from flashlite.errors import UsageError
 
 __all__ = [
+    "VERSION",
     "AnalysedModel",
     "Analysis",
     "Calibration",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 VERSION = 1
+"""Of the file; another one is refused by its number."""
 
 
 @dataclass(frozen=True)

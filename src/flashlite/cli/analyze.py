@@ -112,6 +112,8 @@ def command(
 
     if (model is None) == (named is None):
         raise UsageError("name one model: `flashlite analyze MODEL`, or --model MODEL")
+    if like is not None:
+        raise UsageError(f"--like {like} is for HDF5 files that hold nothing but weights")
     ceiling = parse_size(max_mem)
     if ceiling < _LEAST:
         raise UsageError(f"--max-mem is {max_mem}, an analysis needs {format_size(_LEAST)} or more")
@@ -124,7 +126,7 @@ def command(
         require_matplotlib()  # before the work, not after it
     with options.stages() as progress, limit_data(ceiling):
         analysis, state = _analyze(
-            str(model or named), path, text, like,
+            str(model or named), path, text,
             seed=seed, tokens=tokens, formats=formats, exact=exact, gradients=not no_gradients,
             memory=ceiling, fresh=not resume, offline=offline, accept_license=accept_license,
             progress=progress,
@@ -153,7 +155,6 @@ def _analyze(
     name: str,
     path: Path,
     text: Path | None,
-    like: str | None,
     *,
     seed: int,
     tokens: int,
