@@ -32,6 +32,7 @@ import numpy as np
 
 import common
 from common import GEMMA, SMOLLM2, Row
+from flashlite.analyze.openings import OPENINGS
 from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import load_texts, load_weights
 from flashlite.checkpoint.tokenizer import Tokenizer
@@ -46,7 +47,6 @@ from flashlite.runtime.library import MAX_BATCH, load_library
 from flashlite.runtime.model import Model, load, summarize
 from flashlite.runtime.prepare import compile_artifact
 from flashlite.runtime.sampling import SamplingParams
-from flashlite.runtime.states import OPENINGS
 from runtime_shapes import with_runtime_shapes
 
 Rate = Callable[[], float]

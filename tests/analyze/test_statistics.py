@@ -54,7 +54,7 @@ def test_a_change_of_one_output_loses_what_its_statistics_say(family: str) -> No
     ratios = []
     for row in range(6):
         d = np.zeros_like(model.weights[name])
-        d[row] = rng.standard_normal(d.shape[1]).astype(np.float32) * 0.02
+        d[row] = rng.standard_normal(d.shape[1], dtype=np.float32) * np.float32(0.02)
         d *= np.float32(np.abs(model.weights[name]).mean())
         changed = replaced(model.read, {name: model.weights[name] + d})
         exact = fisher(model, Reference(model.spec, changed).logits)
@@ -100,7 +100,7 @@ def test_predictions_are_losses(family: str) -> None:
         changed, predicted = {}, 0.0
         for name in unit.tensors:
             w = model.weights[name]
-            d = rng.standard_normal(w.shape).astype(np.float32) * np.float32(0.02 * w.std())
+            d = rng.standard_normal(w.shape, dtype=np.float32) * np.float32(0.02 * w.std())
             changed[name] = w + d
             predicted += predicted_kl(d, found.outputs[name], found.inputs[name])
         assert 0.6 < exact.from_layer(unit.layer, changed) / predicted < 1.6, unit.name

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flashlite.analyze import pipeline, sensitivity
 from flashlite.analyze.analysis import read_analysis
 from flashlite.cli import analyze, main
 from flashlite.compress.plan import PACKED
@@ -95,10 +96,8 @@ def test_an_interrupted_run_leaves_no_result_and_goes_on(
     tiny_gguf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from flashlite.analyze import pipeline
-
     words = [str(tiny_gguf), "--calibration", str(text), "--tokens", "600", "--no-gradients"]
-    real, calls = pipeline.measure_unit, 0
+    real, calls = sensitivity.measure_unit, 0
 
     def interrupted(*arguments: Any) -> Any:
         nonlocal calls

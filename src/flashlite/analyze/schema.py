@@ -15,7 +15,7 @@ from flashlite.analyze.analysis import VERSION, Analysis
 
 __all__ = ["json_schema"]
 
-_PLAIN = {
+_PLAIN: dict[Any, dict[str, Any]] = {
     bool: {"type": "boolean"},
     str: {"type": "string", "minLength": 1, "maxLength": 4096},
     int: {"type": "integer"},
