@@ -110,7 +110,7 @@ def test_gates_are_the_loss_of_a_closed_head() -> None:
     pytest.importorskip("torch")
     model = tiny("llama", texts=32)
     found = statistics_of(model, draws=8)
-    assert found.heads is not None
+    assert found.importance is not None
     size = model.spec.head_dim
     for layer in range(model.spec.n_layers):
         name = f"layers.{layer}.o"
@@ -118,7 +118,7 @@ def test_gates_are_the_loss_of_a_closed_head() -> None:
             w = model.weights[name].copy()
             w[:, head * size : (head + 1) * size] *= 0.95  # a gate of 0.95: 0.05^2 of the loss
             exact = fisher(model, Reference(model.spec, replaced(model.read, {name: w})).logits)
-            assert 0.5 < exact / (0.05**2 * found.heads[layer, head]) < 2
+            assert 0.5 < exact / (0.05**2 * found.importance.heads[layer, head]) < 2
 
 
 def test_without_gradients_inputs_are_mean_squares() -> None:
@@ -135,6 +135,6 @@ def test_without_gradients_inputs_are_mean_squares() -> None:
         expected = np.concatenate(parts).mean(axis=0, dtype=np.float64)
         np.testing.assert_allclose(found.inputs[name], expected, rtol=1e-5)
         assert (found.outputs[name] == 1).all()
-    assert found.heads is None
+    assert found.importance is None
     assert found.tokens == sum(map(len, model.texts))
     assert found.inputs["embed"].sum() == pytest.approx(1)
