@@ -9,6 +9,7 @@ import pytest
 from tiny_model import Tiny, tiny
 
 from flashlite.analyze.divergence import Exact
+from flashlite.analyze.sensitivity import Formats, measure_unit
 from flashlite.analyze.statistics import (
     Statistics,
     Sums,
@@ -138,3 +139,23 @@ def test_without_gradients_inputs_are_mean_squares() -> None:
     assert found.importance is None
     assert found.tokens == sum(map(len, model.texts))
     assert found.inputs["embed"].sum() == pytest.approx(1)
+
+
+def test_a_tied_table_loses_as_look_up_and_as_head() -> None:
+    pytest.importorskip("torch")
+    model = tiny("gemma3", texts=40)
+    assert model.spec.tied_head
+    found = statistics_of(model, draws=3)
+    exact = Exact(model.spec, model.read, model.texts, positions=900)
+    table = model.weights["embed"]
+    d = np.random.default_rng(0).standard_normal(table.shape, dtype=np.float32)
+    d *= np.float32(0.02 * table.std())
+    head = predicted_kl(d, found.outputs["head"], found.inputs["head"])
+    lookup = predicted_kl(d, found.inputs["embed"], found.outputs["embed"])
+    assert 0.6 < exact.head_only(table + d) / head < 1.6
+    assert 0.6 < exact.from_ids({"embed": table + d}, head=table) / lookup < 1.6
+    rounding = Formats(("moved",), lambda name, w, fmt: w + d, lambda shape, fmt: 1)
+    unit = units_of(model.spec)[0]
+    measured = measure_unit(unit, model.spec, model.read, found, rounding, exact, ())
+    assert measured.total("moved") == pytest.approx(head + lookup, rel=1e-4)
+    assert measured.exact["moved"] == pytest.approx(exact.from_ids({"embed": table + d}))

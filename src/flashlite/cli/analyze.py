@@ -58,7 +58,7 @@ _LEAST = 1 << 29  # of --max-mem
     help="Formats whose loss is run, not only predicted.  [default: the two smallest]",
 )
 @click.option("--no-gradients", is_flag=True, help="Predict without gradients, as without torch.")
-@click.option("--like", metavar="MODEL", help="The model that an HDF5 file of weights belongs to.")
+@options.like_option
 @click.option("--max-mem", metavar="SIZE", default="4GB", show_default=True,
               help="Keep within 2GB, 1.5GiB, 500MB ...")  # fmt: skip
 @click.option(
@@ -102,8 +102,6 @@ def command(
 
     if (model is None) == (named is None):
         raise UsageError("name one model: `flashlite analyze MODEL`, or --model MODEL")
-    if like is not None:
-        raise UsageError(f"--like {like} is for HDF5 files that hold nothing but weights")
     ceiling = parse_size(max_mem)
     if ceiling < _LEAST:
         raise UsageError(f"--max-mem is {max_mem}, an analysis needs {format_size(_LEAST)} or more")
@@ -118,7 +116,7 @@ def command(
         from flashlite.cli.analyzing import analyze_model
 
         analysis, state = analyze_model(
-            str(model or named), path, text,
+            str(model or named), path, text, like=like,
             seed=seed, tokens=tokens, formats=formats, exact=exact, gradients=not no_gradients,
             memory=ceiling, fresh=not resume, offline=offline, accept_license=accept_license,
             progress=progress,

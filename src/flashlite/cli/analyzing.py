@@ -35,6 +35,7 @@ def analyze_model(
     path: Path,
     text: Path | None,
     *,
+    like: str | None,
     seed: int,
     tokens: int,
     formats: str | None,
@@ -70,7 +71,7 @@ def analyze_model(
         offline=offline,
         progress=lambda done, total: progress("pull", done, total),
     )
-    checkpoint = open_checkpoint(pulled.path)
+    checkpoint = open_checkpoint(pulled.path, like=like)
     source = describe(checkpoint)
     chosen, measured = _formats(formats, exact)
     gradients = gradients and _torch()
@@ -83,11 +84,12 @@ def analyze_model(
         "formats": chosen,
         "exact": measured,
         "gradients": gradients,
+        "spec": source.spec.to_json(),
         "text": None if text is None else blake3(text.read_bytes()).hexdigest(),
     }
     state = State(path.with_name(f"{path.name}.partial"), key, fresh=fresh)
     tokenizer = Tokenizer(build_tokenizer_checked(checkpoint), name=pulled.name)
-    calibration = _calibration(pulled, source.spec.max_context, tokenizer, text, seed, tokens,
+    calibration = _calibration(pulled, like, source.spec.max_context, tokenizer, text, seed, tokens,
                                state, progress)  # fmt: skip
     settings = Settings(measured, gradients, memory=memory, seed=seed)
     analysis = analyze(
@@ -163,6 +165,7 @@ def source_digest(source: SourceModel, progress: Progress) -> str:
 
 def _calibration(
     pulled: Pulled,
+    like: str | None,
     max_context: int,
     tokenizer: Tokenizer,
     text: Path | None,
@@ -186,7 +189,7 @@ def _calibration(
             text, tokenizer, seed=seed, tokens=tokens, held_back=_HELD_BACK, length=length
         )
     else:
-        with _sampler(pulled, length, progress) as sampler:
+        with _sampler(pulled, like, length, progress) as sampler:
             found = calibration.from_model(
                 tokenizer,
                 sampler,
@@ -201,7 +204,9 @@ def _calibration(
 
 
 @contextlib.contextmanager
-def _sampler(pulled: Pulled, length: int, progress: Progress) -> Iterator[Sampler]:
+def _sampler(
+    pulled: Pulled, like: str | None, length: int, progress: Progress
+) -> Iterator[Sampler]:
     """The model itself, compiled, as a writer of texts."""
     import tempfile
 
@@ -211,13 +216,15 @@ def _sampler(pulled: Pulled, length: int, progress: Progress) -> Iterator[Sample
     from flashlite.runtime.writing import Writer, open_writing, write
 
     with tempfile.TemporaryDirectory() as folder:
-        directory = prepare.artifact_path(pulled, "import")
-        try:
-            artifact = open_artifact(directory)
-        except (ArtifactError, OSError):
+        artifact = None
+        if like is None:  # what was made for a file of weights alone may be like another model
+            with contextlib.suppress(ArtifactError, OSError):
+                artifact = open_artifact(prepare.artifact_path(pulled, "import"))
+        if artifact is None:
             # A split head would take minutes to fit, and is not used here.
+            directory = Path(folder) / "source.fl"
             artifact = prepare.make_artifact(
-                pulled, "import", Path(folder) / "source.fl", head="off", progress=progress
+                pulled, "import", directory, head="off", like=like, progress=progress
             )
         ends = frozenset(artifact.tokens.eos)
         try:
