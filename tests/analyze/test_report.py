@@ -48,6 +48,7 @@ def test_its_plots_are_drawn_in_the_ink_of_the_page(page: str) -> None:
         ET.fromstring(plot)
         assert "currentColor" in plot
         assert "#010203" not in plot
+        assert plot.index("fill: none") < plot.index("axes_1")  # the page shows through
 
 
 def test_it_holds_the_figures(page: str) -> None:

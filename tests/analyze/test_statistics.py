@@ -9,6 +9,7 @@ import pytest
 from tiny_model import Tiny, tiny
 
 from flashlite.analyze.divergence import Exact
+from flashlite.analyze.sensitivity import Formats, measure_unit
 from flashlite.analyze.statistics import (
     Statistics,
     Sums,
@@ -110,7 +111,7 @@ def test_gates_are_the_loss_of_a_closed_head() -> None:
     pytest.importorskip("torch")
     model = tiny("llama", texts=32)
     found = statistics_of(model, draws=8)
-    assert found.heads is not None
+    assert found.importance is not None
     size = model.spec.head_dim
     for layer in range(model.spec.n_layers):
         name = f"layers.{layer}.o"
@@ -118,7 +119,7 @@ def test_gates_are_the_loss_of_a_closed_head() -> None:
             w = model.weights[name].copy()
             w[:, head * size : (head + 1) * size] *= 0.95  # a gate of 0.95: 0.05^2 of the loss
             exact = fisher(model, Reference(model.spec, replaced(model.read, {name: w})).logits)
-            assert 0.5 < exact / (0.05**2 * found.heads[layer, head]) < 2
+            assert 0.5 < exact / (0.05**2 * found.importance.heads[layer, head]) < 2
 
 
 def test_without_gradients_inputs_are_mean_squares() -> None:
@@ -135,6 +136,26 @@ def test_without_gradients_inputs_are_mean_squares() -> None:
         expected = np.concatenate(parts).mean(axis=0, dtype=np.float64)
         np.testing.assert_allclose(found.inputs[name], expected, rtol=1e-5)
         assert (found.outputs[name] == 1).all()
-    assert found.heads is None
+    assert found.importance is None
     assert found.tokens == sum(map(len, model.texts))
     assert found.inputs["embed"].sum() == pytest.approx(1)
+
+
+def test_a_tied_table_loses_as_look_up_and_as_head() -> None:
+    pytest.importorskip("torch")
+    model = tiny("gemma3", texts=40)
+    assert model.spec.tied_head
+    found = statistics_of(model, draws=3)
+    exact = Exact(model.spec, model.read, model.texts, positions=900)
+    table = model.weights["embed"]
+    d = np.random.default_rng(0).standard_normal(table.shape, dtype=np.float32)
+    d *= np.float32(0.02 * table.std())
+    head = predicted_kl(d, found.outputs["head"], found.inputs["head"])
+    lookup = predicted_kl(d, found.inputs["embed"], found.outputs["embed"])
+    assert 0.6 < exact.head_only(table + d) / head < 1.6
+    assert 0.6 < exact.from_ids({"embed": table + d}, head=table) / lookup < 1.6
+    rounding = Formats(("moved",), lambda name, w, fmt: w + d, lambda shape, fmt: 1)
+    unit = units_of(model.spec)[0]
+    measured = measure_unit(unit, model.spec, model.read, found, rounding, exact, ())
+    assert measured.total("moved") == pytest.approx(head + lookup, rel=1e-4)
+    assert measured.exact["moved"] == pytest.approx(exact.from_ids({"embed": table + d}))

@@ -11,7 +11,7 @@ import pytest
 
 from flashlite.analyze import pipeline, sensitivity
 from flashlite.analyze.analysis import read_analysis
-from flashlite.cli import analyze, main
+from flashlite.cli import analyzing, main
 from flashlite.compress.plan import PACKED
 
 
@@ -24,8 +24,8 @@ def english(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analyze, "_LENGTH", 128)
-    monkeypatch.setattr(analyze, "_HELD_BACK", 256)
+    monkeypatch.setattr(analyzing, "_LENGTH", 128)
+    monkeypatch.setattr(analyzing, "_HELD_BACK", 256)
 
 
 @pytest.fixture(scope="module")

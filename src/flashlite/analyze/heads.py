@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashlite.analyze.divergence import Exact
-from flashlite.analyze.statistics import NEURONS, Statistics
+from flashlite.analyze.statistics import NEURONS, Importance, Statistics
 from flashlite.model.reference import Floats, Reference
 from flashlite.model.rope import rope_tables, rotate
 from flashlite.model.spec import ModelSpec
@@ -72,14 +72,8 @@ def lowest(scores: Doubles, share: float) -> list[tuple[int, int]]:
     return [(int(at) // scores.shape[1], int(at) % scores.shape[1]) for at in order]
 
 
-def prescores(
-    spec: ModelSpec, weights: Read, statistics: Statistics, exact: Exact
-) -> tuple[Doubles, Doubles, Doubles]:
-    """How much heads, KV groups and blocks of neurons vary against the residual: no nats yet.
-
-    Returns:
-        [layers, heads], [layers, KV heads], [layers, blocks].
-    """
+def prescores(spec: ModelSpec, weights: Read, statistics: Statistics, exact: Exact) -> Importance:
+    """How much heads, KV groups and blocks of neurons vary against the residual: no nats yet."""
     heads: list[Doubles] = []
     groups: list[Doubles] = []
     neurons: list[Doubles] = []
@@ -95,7 +89,7 @@ def prescores(
                 groups.append(found[-1].reshape(spec.n_kv_heads, -1).sum(axis=1))
             else:
                 found.append(np.add.reduceat(moved, np.arange(0, len(moved), NEURONS)))
-    return np.stack(heads), np.stack(groups), np.stack(neurons)
+    return Importance(np.stack(heads), np.stack(groups), np.stack(neurons))
 
 
 def attention_mass(spec: ModelSpec, weights: Read, ids: NDArray[np.int32]) -> Doubles | None:

@@ -196,16 +196,11 @@ def _heads(
     state: State,
     report: Progress,
 ) -> tuple[tuple[HeadScore, ...], tuple[KvGroupScore, ...], tuple[NeuronScores, ...]]:
-    if statistics.heads is not None:
-        assert statistics.groups is not None  # noqa: S101
-        assert statistics.neurons is not None  # noqa: S101
-        heads, groups, neurons = statistics.heads, statistics.groups, statistics.neurons
-    else:
-        heads, groups, neurons = heads_.prescores(spec, weights, statistics, exact)
+    importance = statistics.importance or heads_.prescores(spec, weights, statistics, exact)
     per_group = spec.n_heads // spec.n_kv_heads
-    chosen = [("head", *place) for place in heads_.lowest(heads, settings.ablate)]
+    chosen = [("head", *place) for place in heads_.lowest(importance.heads, settings.ablate)]
     if per_group > 1:
-        chosen += [("group", *place) for place in heads_.lowest(groups, settings.ablate)]
+        chosen += [("group", *place) for place in heads_.lowest(importance.groups, settings.ablate)]
     known: dict[tuple[str, int, int], float] = {}
     parts = state.load("ablations") or {}
     for at, (kind, layer, unit) in enumerate(chosen):
@@ -220,10 +215,11 @@ def _heads(
         known[kind, layer, unit] = parts[key]
     if per_group == 1:
         known |= {("group", i, h): kl for (_, i, h), kl in known.items()}
-    if statistics.heads is None:
-        ratios = [kl / heads[i, h] for (kind, i, h), kl in known.items() if kind == "head"]
-        scale = float(np.median(ratios)) if ratios else 1.0
-        heads, groups, neurons = heads * scale, groups * scale, neurons * scale
+    if statistics.importance is None:
+        ratios = [
+            kl / importance.heads[i, h] for (kind, i, h), kl in known.items() if kind == "head"
+        ]
+        importance = importance.scaled(float(np.median(ratios)) if ratios else 1.0)
     report("attention", 0, 1)
     text = np.concatenate([np.array(ids, np.int32) for ids in calibration.held_back])
     mass = heads_.attention_mass(spec, weights, text[: spec.max_context])
@@ -233,7 +229,7 @@ def _heads(
             HeadScore(
                 i,
                 h,
-                float(heads[i, h]),
+                float(importance.heads[i, h]),
                 known.get(("head", i, h)),
                 None if mass is None else float(mass[i, h]),
             )
@@ -241,11 +237,11 @@ def _heads(
             for h in range(spec.n_heads)
         ),
         tuple(
-            KvGroupScore(i, g, float(groups[i, g]), known.get(("group", i, g)))
+            KvGroupScore(i, g, float(importance.groups[i, g]), known.get(("group", i, g)))
             for i in layers
             for g in range(spec.n_kv_heads)
         ),
-        tuple(NeuronScores(i, tuple(float(x) for x in neurons[i])) for i in layers),
+        tuple(NeuronScores(i, tuple(float(x) for x in importance.neurons[i])) for i in layers),
     )
 
 

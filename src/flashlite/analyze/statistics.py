@@ -26,7 +26,15 @@ from flashlite.model.differentiable import Differentiable, as_tensors, require_t
 from flashlite.model.reference import Floats, Reference
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["NEURONS", "Statistics", "Sums", "gradient_sums", "plain_sums", "predicted_kl"]
+__all__ = [
+    "NEURONS",
+    "Importance",
+    "Statistics",
+    "Sums",
+    "gradient_sums",
+    "plain_sums",
+    "predicted_kl",
+]
 
 Doubles = NDArray[np.float64]
 Read = Callable[[str], Floats]
@@ -46,6 +54,25 @@ class Sums(dict[str, Doubles]):
 
 
 @dataclass(frozen=True)
+class Importance:
+    """The loss to expect without a unit, in nats per token.
+
+    Attributes:
+        heads: query heads, [layers, heads].
+        groups: query heads that share a key and value, [layers, KV heads].
+        neurons: blocks of 32 neurons, [layers, blocks].
+    """
+
+    heads: Doubles
+    groups: Doubles
+    neurons: Doubles
+
+    def scaled(self, factor: float) -> Importance:
+        """All of it times a factor."""
+        return Importance(self.heads * factor, self.groups * factor, self.neurons * factor)
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Means over calibration tokens.
 
@@ -56,9 +83,7 @@ class Statistics:
         outputs: b of every matrix, [rows], 1 without gradients; of `embed`: of its columns.
         means: mean inputs of every `o` and `down`, [cols].
         variances: their variances, [cols].
-        heads: importance of query heads, nats per token, [layers, heads]; None without gradients.
-        groups: of groups of heads that share a key and value, [layers, KV heads].
-        neurons: of blocks of 32 neurons, [layers, blocks].
+        importance: of what could be left out; None without gradients.
     """
 
     gradients: bool
@@ -67,9 +92,7 @@ class Statistics:
     outputs: Mapping[str, Doubles]
     means: Mapping[str, Doubles]
     variances: Mapping[str, Doubles]
-    heads: Doubles | None = None
-    groups: Doubles | None = None
-    neurons: Doubles | None = None
+    importance: Importance | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, sums: Sums) -> Statistics:
@@ -95,13 +118,16 @@ class Statistics:
         scale = np.float64(spec.embed_scale) ** 2
         reads = sums["embed"] / n if gradients else np.ones(spec.d_model)
         outputs["embed"] = reads * scale
-        heads, groups, neurons = (
-            np.stack([sums[f"gates/{kind}/{i}"] / (2 * n) for i in range(spec.n_layers)])
-            if gradients
-            else None
-            for kind in ("heads", "groups", "neurons")
-        )
-        return cls(gradients, int(n), inputs, outputs, means, variances, heads, groups, neurons)
+        importance = None
+        if gradients:
+            layers = range(spec.n_layers)
+            importance = Importance(
+                *(
+                    np.stack([sums[f"gates/{kind}/{i}"] / (2 * n) for i in layers])
+                    for kind in ("heads", "groups", "neurons")
+                )
+            )
+        return cls(gradients, int(n), inputs, outputs, means, variances, importance)
 
 
 def predicted_kl(change: Floats, outputs: Doubles, inputs: Doubles) -> float:
