@@ -31,6 +31,7 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "memory": (),
     "busy": (),
     "depth": (),
+    "cost": (),
     "ablation": (),
     "kernels": ("--tables", "amx,avx512", "--seconds", "0.5"),
 }

@@ -31,6 +31,7 @@ VERBS = {
     "chat": "Talk with a model.",
     "serve": "Answer over HTTP.",
     "bench": "Measure speed and memory.",
+    "profile": "Show where the time of a model goes.",
     "doctor": "Say what this machine can do.",
 }
 

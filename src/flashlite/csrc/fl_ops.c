@@ -82,11 +82,13 @@ void fl_embed(fl_thread *t, const fl_table *table, float scale) {
             fill_angles(e->angles[1] + at, FL_MODEL.rope_local, hd / 2, e->batch.positions[i]);
     }
     sync(t);
+    FL_MARK(t, EMBED);
 }
 
 void fl_norm(fl_thread *t, size_t weight, float eps) {
     int32_t d = FL_MODEL.d_model;
     quantize_rows(t, t->engine->x, (size_t)d, d, n_tokens(t), NULL, floats(t, weight), eps);
+    FL_MARK(t, NORM);
 }
 
 /* ---- attention ---- */
@@ -105,6 +107,7 @@ void fl_qkv(fl_thread *t, const fl_packed *q, const fl_packed *k, const fl_packe
         start += parts[p].blocks;
     }
     sync(t);
+    FL_MARK(t, QKV);
 }
 
 /* Rotate pairs (j, j + head_dim / 2) in place. */
@@ -151,6 +154,7 @@ void fl_rotate_store(fl_thread *t, int32_t layer, size_t q_norm, size_t k_norm, 
         }
     }
     sync(t);
+    FL_MARK(t, ROTATE);
 }
 
 /* Query rows [i0, i1) (tokens of one sequence) x the heads [h0, h1) that share KV head `head`. */
@@ -199,6 +203,7 @@ void fl_attend(fl_thread *t, int32_t layer, int32_t window) {
         }
     }
     sync(t);
+    FL_MARK(t, ATTEND);
 }
 
 /* ---- projections back to the residual stream ---- */
@@ -243,16 +248,24 @@ static const fl_act *quantize_heads(fl_thread *t) {
     return &t->input;
 }
 
-void fl_project_heads(fl_thread *t, const fl_packed *w) { project(t, w, quantize_heads(t)); }
+void fl_project_heads(fl_thread *t, const fl_packed *w) {
+    project(t, w, quantize_heads(t));
+    FL_MARK(t, HEADS);
+}
 
 void fl_project_heads_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps) {
     project_norm(t, w, quantize_heads(t), weight, eps);
+    FL_MARK(t, HEADS);
 }
 
-void fl_project_hidden(fl_thread *t, const fl_packed *w) { project(t, w, &t->engine->hidden_act); }
+void fl_project_hidden(fl_thread *t, const fl_packed *w) {
+    project(t, w, &t->engine->hidden_act);
+    FL_MARK(t, HIDDEN);
+}
 
 void fl_project_hidden_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps) {
     project_norm(t, w, &t->engine->hidden_act, weight, eps);
+    FL_MARK(t, HIDDEN);
 }
 
 /* ---- the gated MLP ---- */
@@ -277,8 +290,10 @@ void fl_gated(fl_thread *t, const fl_packed *gate, const fl_packed *up, fl_activ
             int32_t last = mine.last * FL_GROUP < g.rows ? mine.last * FL_GROUP : g.rows;
             multiply(t, a, 0, &g, block0, block1, &t->input);
             multiply(t, b, 0, &u, block0, block1, &t->input);
+            FL_MARK(t, GATED);
             activate(a + first, a + first, b + first, last - first);
             k->quantize(&e->hidden_act, 0, mine.first, mine.last, a + first, g.rows);
+            FL_MARK(t, ACTIVATE);
         }
     } else {
         for (int32_t group = mine.first; group < mine.last; group += FL_GATED_GROUPS) {
@@ -288,12 +303,15 @@ void fl_gated(fl_thread *t, const fl_packed *gate, const fl_packed *up, fl_activ
             int32_t cols = (end * FL_GROUP < g.rows ? end * FL_GROUP : g.rows) - group * FL_GROUP;
             k->gemm(t->gate, FL_GATED_COLS, &g, block0, block1, &t->input, t->panel);
             k->gemm(t->up, FL_GATED_COLS, &u, block0, block1, &t->input, t->panel);
+            FL_MARK(t, GATED);
             for (int32_t i = 0; i < n; i++) {
                 float *row = t->gate + (size_t)i * FL_GATED_COLS;
                 activate(row, row, t->up + (size_t)i * FL_GATED_COLS, cols);
                 k->quantize(&e->hidden_act, i, group, end, row, g.rows);
             }
+            FL_MARK(t, ACTIVATE);
         }
     }
     sync(t);
+    FL_MARK(t, GATED); /* the wait for others */
 }

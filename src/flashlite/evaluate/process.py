@@ -84,6 +84,11 @@ class Measurer:
         asked = [list(prompt) for prompt in prompts]
         return float(self._ask(cmd="together", prompts=asked, n=n)["seconds"])
 
+    def cost(self, ids: Sequence[int], n: int) -> tuple[float, float]:
+        """CPU-seconds of a prefill of `ids`, and of `n` greedy steps after it."""
+        answer = self._ask(cmd="cost", ids=list(ids), n=n)
+        return float(answer["prefill"]), float(answer["decode"])
+
     def peak_memory(self) -> int:
         """Highest resident bytes so far."""
         return int(self._ask(cmd="rss")["bytes"])
