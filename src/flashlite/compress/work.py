@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from flashlite.compress.pack import BLOCK_ROWS, CODE_BYTES, GROUP, blocks_of, groups_of
 from flashlite.compress.plan import Plan, stored_shapes
@@ -40,6 +41,7 @@ _MATRICES: Mapping[str, tuple[str, ...]] = {
 }
 _HALF = 2  # bytes of a half-precision number
 _FLOAT = 4
+_LINE = 64  # bytes of a cache line
 
 
 def packed_bytes(fmt: str, rows: int, cols: int) -> int:
@@ -53,17 +55,27 @@ def packed_bytes(fmt: str, rows: int, cols: int) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a part."""
+    """One matrix of a part, or those rows of it that a step reads."""
 
     name: str
     format: str
     rows: int
     cols: int
+    access: Literal["stream", "blocks", "rows"] = "stream"  # one after another, or lying apart
 
     @property
     def nbytes(self) -> int:
         """Bytes of one pass over it."""
         return packed_bytes(self.format, self.rows, self.cols)
+
+    @property
+    def lines_bytes(self) -> int:
+        """Bytes of whole cache lines where each row lies apart, its codes and its scales."""
+        groups = groups_of(self.cols)
+        codes = groups * CODE_BYTES[self.format] // BLOCK_ROWS
+        # A piece that begins anywhere touches a line more than it fills, save for luck.
+        lines = (codes + _LINE - 1) // _LINE + (groups * _HALF + _LINE - 1) // _LINE + 1
+        return self.rows * lines * _LINE
 
     @property
     def macs(self) -> int:
@@ -199,8 +211,8 @@ def _head(
     )
     fmt = plan.formats[SCREEN]
     first = Matrix(SCREEN, fmt, vocab, screen.rank)
-    rest = Matrix(REST, fmt, round(rows), d - screen.rank)
-    sure = Matrix(full.name, full.format, round(blocks) * BLOCK_ROWS, d)
+    rest = Matrix(REST, fmt, round(rows), d - screen.rank, "rows")
+    sure = Matrix(full.name, full.format, round(blocks) * BLOCK_ROWS, d, "blocks")
     floats = d * d + 2 * d + vocab + 2 * blocks_of(vocab)
     # Estimates are gone over one by one.
     return Part(
