@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tiny_tuning import QUICK, SPEC, material, some_texts, twin
 
 from flashlite.compress.finetune import Material, Report, finetune
 from flashlite.compress.pack import Packed, dequantize
 from flashlite.compress.tail import Tail, tail_shapes
-from flashlite.compress.tail_cache import Model, build_cache
+from flashlite.compress.tail_cache import Floats, Model, build_cache
 from flashlite.compress.tuning_texts import Text
 from flashlite.errors import CompressError
 from flashlite.model.metrics import kl_divergence, perplexity
 from flashlite.model.reference import Reference
-from tiny_tuning import QUICK, SPEC, material, some_texts, twin
 
 pytest.importorskip("torch")
 
@@ -56,9 +57,9 @@ def test_the_figures_are_those_of_the_oracle(tmp_path: Path) -> None:
     told = material()
     out = finetune(made.source, made.student, made.packed, told, tmp_path, QUICK)
 
-    def healed(name: str) -> np.ndarray:
+    def healed(name: str) -> Floats:
         if name in out.arrays:
-            return out.arrays[name]
+            return np.asarray(out.arrays[name], np.float32)
         if f"{name}.codes" in out.arrays:
             packed = Packed(
                 made.matrices[name].format,
@@ -75,7 +76,7 @@ def test_the_figures_are_those_of_the_oracle(tmp_path: Path) -> None:
             p.append(Reference(SPEC, made.source.weights).logits(text.ids)[:-1])
             q.append(Reference(SPEC, weights).logits(text.ids)[:-1])
             rows.append(text.ids[1:])
-        theirs, ours, following = (np.concatenate(x) for x in (p, q, rows))
+        theirs, ours, following = np.concatenate(p), np.concatenate(q), np.concatenate(rows)
         found = quality["held-out"]
         assert found.kl == pytest.approx(kl_divergence(theirs, ours).mean(), rel=2e-3)
         assert found.perplexity == pytest.approx(perplexity(ours, following), rel=1e-3)
@@ -151,9 +152,9 @@ def test_inputs_of_any_size_are_kept_in_half_precision(tmp_path: Path) -> None:
     made = twin("q8")
     texts = some_texts(5, 8)
 
-    def huge(name: str) -> np.ndarray:  # residuals beyond 65504
-        factor = np.float32(1e5) if name == "embed" else np.float32(1)
-        return made.student.weights(name) * factor
+    def huge(name: str) -> Floats:  # residuals beyond 65504
+        values: Floats = made.student.weights(name)
+        return np.multiply(values, 1e5 if name == "embed" else 1, dtype=np.float32)
 
     cache = build_cache(tmp_path, texts, None, Model(SPEC, huge), 2, lambda done, total: None)
     oracle = Reference(SPEC, huge)
@@ -172,7 +173,7 @@ def test_inputs_of_any_size_are_kept_in_half_precision(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_settings_are_refused(
-    change: dict[str, float], message: str, tmp_path: Path
+    change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     made = twin("q4m")
     with pytest.raises(CompressError, match=message):

@@ -5,9 +5,9 @@
               model it applies to), layers, made (what made it, JSON), digest
     data      the tensors, one after another, in the artifact's order
 
-`base` names the model's description, formats and tensors, not the manifest: a card that was measured
-anew or a split head fitted anew leaves a delta valid. `digest` is BLAKE3 over all the rest. A delta
-is read against the artifact it shall change: only that artifact's own layout is accepted.
+`base` names the model's description, formats and tensors, not the manifest: a card measured anew or
+a split head fitted anew leaves a delta valid. `digest` is BLAKE3 over all the rest. A delta is read
+against the artifact it shall change: only that artifact's own layout is accepted.
 """
 
 from __future__ import annotations

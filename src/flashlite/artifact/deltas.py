@@ -5,11 +5,11 @@
                        manifest.json       the manifest it replaced
                        card.json           and the card, whose figures no longer hold
 
-An applied delta lies in the weights themselves: running the model needs nothing new, neither a
-library nor a byte of memory. What it replaced stays beside it, a few per cent of the artifact. Where
-tensors lie follows from the description, which no delta changes; so putting the replaced tensors,
-card and manifest back gives every file its former bytes, and a rollback that would not is refused
-before anything is replaced. Every change is a new folder that is swapped in as a whole.
+An applied delta lies in the weights themselves: running the model needs nothing new, neither code
+nor memory. What it replaced stays beside it, a few per cent of the artifact. Where tensors lie
+follows from the description, which no delta changes; so putting the replaced tensors, card and
+manifest back gives every file its former bytes, and a rollback that would not is refused before
+anything is replaced. Every change is a new folder that is swapped in as a whole.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from flashlite.artifact.read import load_weights, open_artifact
 from flashlite.artifact.staging import staged
 from flashlite.errors import ArtifactError, UsageError
 
-__all__ = ["Applied", "apply_delta", "applied_deltas", "roll_back"]
+__all__ = ["Applied", "applied_deltas", "apply_delta", "roll_back"]
 
 _DELTA, _UNDO = "delta.safetensors", "undo.safetensors"
 _MOST = 999  # deltas that one artifact keeps

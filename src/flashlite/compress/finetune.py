@@ -204,7 +204,7 @@ class _Run:
         self.measured = ["held-out", *material.others]
         self.labels = answers([*material.chats, *material.held_chats])
         self.tail = Tail(source, student, packed, settings.layers)
-        self.table = torch_table(student)
+        self.table = _table(student)
 
     def outcome(self) -> Outcome:
         before, domain_before = self._quality("before")
@@ -404,7 +404,7 @@ class _Plan:
         return chosen
 
 
-def torch_table(model: Model) -> Tensor:
+def _table(model: Model) -> Tensor:
     """The head [vocab, d_model] as a tensor."""
     torch = require_torch("fine-tuning")
     table = model.weights("head")

@@ -27,6 +27,7 @@ from flashlite.errors import UsageError
 
 __all__ = [
     "Answers",
+    "ChatTokenizer",
     "Text",
     "answers",
     "batches",
@@ -37,11 +38,11 @@ __all__ = [
     "read_sequences",
 ]
 
-MAX_FILE = 1 << 30  # bytes of a file of chats
-MAX_CHATS = 1_000_000
+_MAX_FILE = 1 << 30  # bytes of a file of chats
+_MAX_CHATS = 1_000_000
 
 Ids = NDArray[np.int32]
-Message = dict[str, str]
+_Message = dict[str, str]
 
 
 class ChatTokenizer(Protocol):
@@ -96,13 +97,13 @@ def plain_text(ids: Sequence[int]) -> Text:
     return Text(np.array(ids, np.int32), learn)
 
 
-def plain_prompt(messages: Sequence[Message]) -> str:
+def plain_prompt(messages: Sequence[_Message]) -> str:
     """A chat for a model without a template, ready for the next answer."""
     lines = [f"{m['role'].capitalize()}: {m['content'].strip()}\n" for m in messages]
     return "".join([*lines, "Assistant:"])
 
 
-def chat_text(tokenizer: ChatTokenizer, messages: Sequence[Message], *, template: bool) -> Text:
+def chat_text(tokenizer: ChatTokenizer, messages: Sequence[_Message], *, template: bool) -> Text:
     """A chat of which the assistant's answers count.
 
     Args:
@@ -134,7 +135,7 @@ def chat_text(tokenizer: ChatTokenizer, messages: Sequence[Message], *, template
 
 
 def _layout(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], *, template: bool
+    tokenizer: ChatTokenizer, messages: Sequence[_Message], *, template: bool
 ) -> tuple[list[int], int]:
     """The ids of a chat, and where its last answer begins."""
     if template:
@@ -150,7 +151,7 @@ def _layout(
     return ids, len(prompt)
 
 
-def read_chats(path: Path) -> list[list[Message]]:
+def read_chats(path: Path) -> list[list[_Message]]:
     """The chats of a file of JSON lines.
 
     Raises:
@@ -160,14 +161,14 @@ def read_chats(path: Path) -> list[list[Message]]:
 
     try:
         size = path.stat().st_size
-        if size > MAX_FILE:
-            raise UsageError(f"{path}: {size} bytes, at most {MAX_FILE} are read")
+        if size > _MAX_FILE:
+            raise UsageError(f"{path}: {size} bytes, at most {_MAX_FILE} are read")
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    chats: list[list[Message]] = []
+    chats: list[list[_Message]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -182,8 +183,8 @@ def read_chats(path: Path) -> list[list[Message]]:
             raise UsageError(f"{path}, line {number}: {error}") from None
         if chats[-1][-1]["role"] != "assistant":
             raise UsageError(f"{path}, line {number}: the chat must end with an assistant's answer")
-        if len(chats) > MAX_CHATS:
-            raise UsageError(f"{path}: more than {MAX_CHATS} chats")
+        if len(chats) > _MAX_CHATS:
+            raise UsageError(f"{path}: more than {_MAX_CHATS} chats")
     if not chats:
         raise UsageError(f"{path}: holds no chat")
     return chats
@@ -201,8 +202,8 @@ def read_sequences(path: Path, vocab_size: int, most: int) -> list[Text]:
         UsageError: it cannot be read or has no such texts.
     """
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise UsageError(f"{path}: {path.stat().st_size} bytes, at most {MAX_FILE} are read")
+        if path.stat().st_size > _MAX_FILE:
+            raise UsageError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_FILE} are read")
         value = json.loads(path.read_bytes())
         sequences = value["calibration"]["sequences"]
         texts = []
