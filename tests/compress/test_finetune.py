@@ -129,7 +129,7 @@ def test_a_domain_is_learned_and_the_rest_is_kept(tmp_path: Path) -> None:
     made = twin("q4m")
     told = replace(material(), chats=domain_chats(80, 5), held_chats=domain_chats(40, 6))
     out = finetune(
-        made.source, made.student, made.packed, told, tmp_path, replace(QUICK, steps=150, rate=5e-3)
+        made.source, made.student, made.packed, told, tmp_path, replace(QUICK, steps=80, rate=5e-3)
     )
     assert out.domain_before is not None
     assert out.domain_after is not None

@@ -76,4 +76,4 @@ def some_texts(n: int, seed: int, length: int = 24) -> list[Text]:
 
 
 def material() -> Material:
-    return Material(some_texts(400, 1), some_texts(40, 2), others={"other": some_texts(20, 3)})
+    return Material(some_texts(250, 1), some_texts(30, 2), others={"other": some_texts(20, 3)})
