@@ -54,6 +54,7 @@ class Settings:
     replay: float = 0.25  # of a domain's step: the share, in tokens and in weight, of other texts
     seed: int = 0
     measure_every: int = 20
+    measure_rows: int = 1024  # at most, during training; before and after it is all of them
     patience: int = 4  # measurements without a gain before it ends
     search_every: int = 100
     save_every: int = 20
@@ -68,7 +69,8 @@ class Settings:
         for name, low, high in (
             ("layers", 1, 1024), ("steps", 1, 1_000_000), ("tokens", 16, 1 << 20),
             ("measure_every", 1, 1 << 20), ("patience", 1, 1 << 20),
-            ("search_every", 1, 1 << 20), ("save_every", 1, 1 << 20), ("seed", 0, (1 << 63) - 1),
+            ("search_every", 1, 1 << 20), ("save_every", 1, 1 << 20),
+            ("measure_rows", 1, 1 << 30), ("seed", 0, (1 << 63) - 1),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise CompressError(f"{name} is {getattr(self, name)}, allowed {low} to {high}")
@@ -162,11 +164,18 @@ def finetune(
     """
     settings.check()
     torch = require_torch("fine-tuning")
-    torch.use_deterministic_algorithms(mode=True)
     if not material.texts or not material.held:
         raise CompressError("there are no texts to learn from, or none to hold back")
-    run = _Run(source, student, packed, material, folder, settings, progress or (lambda _: None))
-    return run.outcome()
+    if material.chats and not material.held_chats:
+        raise CompressError("there are no chats to measure on")
+    watch = progress or (lambda _: None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        run = _Run(source, student, packed, material, folder, settings, watch)
+        return run.outcome()
+    finally:
+        torch.use_deterministic_algorithms(mode=deterministic)
 
 
 class _Run:
@@ -240,9 +249,10 @@ class _Run:
 
     def _held(self) -> float:
         """What decides when training ends."""
-        if "held chats" in self.caches:
-            return domain(self.tail, self.caches["held chats"], self.table, self.labels).loss
-        return bucketed_divergence(self.tail, self.caches["held-out"], self.table)
+        most = self.settings.measure_rows
+        if (chats := self.caches.get("held chats")) is not None:
+            return domain(self.tail, chats, self.table, self.labels, most).loss
+        return bucketed_divergence(self.tail, self.caches["held-out"], self.table, most)
 
     def _train(self, domain_before: Domain | None) -> tuple[int, str, list[Any]]:
         torch, settings, tail = require_torch("fine-tuning"), self.settings, self.tail

@@ -107,15 +107,16 @@ def exact(
     return Quality(kl / rows, agreed / rows, math.exp(min(loss / rows, 80.0)), rows)
 
 
-def bucketed_divergence(tail: Tail, cache: Cache, table: Tensor) -> float:
+def bucketed_divergence(tail: Tail, cache: Cache, table: Tensor, most: int) -> float:
     """Divergence over the source's likeliest tokens and one bucket for the rest, nats per token.
 
-    At most the exact one; the source's head is not needed.
+    At most the exact one; the source's head is not needed. Only the first texts with `most` rows
+    together are looked at.
     """
     torch = require_torch("fine-tuning")
     total, rows = 0.0, 0
     step = head_rows(tail.spec)
-    for group in _groups(cache):
+    for group in _groups(cache, most):
         at = cache.rows(group)
         with torch.no_grad():
             states = states_of(tail, cache, group)
@@ -133,11 +134,14 @@ def bucketed_divergence(tail: Tail, cache: Cache, table: Tensor) -> float:
     return total / rows
 
 
-def domain(tail: Tail, cache: Cache, table: Tensor, labels: Answers) -> Domain:
-    """Cross-entropy and accuracy of the answers."""
+def domain(
+    tail: Tail, cache: Cache, table: Tensor, labels: Answers, most: int | None = None
+) -> Domain:
+    """Cross-entropy and accuracy of the answers, of the first chats with `most` rows together."""
     torch = require_torch("fine-tuning")
-    loss, rows, found, free = 0.0, 0, 0, 0
-    for group in _groups(cache):
+    loss, rows, found, free, n = 0.0, 0, 0, 0, 0
+    for group in _groups(cache, most):
+        n += len(group)
         with torch.no_grad():
             states = states_of(tail, cache, group)
         at = 0
@@ -152,7 +156,6 @@ def domain(tail: Tail, cache: Cache, table: Tensor, labels: Answers) -> Domain:
             answer = _last(text.learn)
             free += bool((q[-answer:].argmax(-1) == targets[-answer:]).all())
             found += _kept(q[-answer:], targets[-answer:], labels)
-    n = len(cache.texts)
     return Domain(loss / rows, found / n, free / n, n)
 
 
@@ -173,5 +176,10 @@ def _last(learn: NDArray[np.bool_]) -> int:
     return len(rows) - (int(breaks[-1]) + 1 if len(breaks) else 0)
 
 
-def _groups(cache: Cache) -> list[list[int]]:
-    return batches([len(text) for text in cache.texts], 2048)
+def _groups(cache: Cache, most: int | None = None) -> list[list[int]]:
+    """The texts in batches; no more of them than have `most` rows together, but one at least."""
+    chosen = len(cache.texts)
+    if most is not None:
+        rows = np.cumsum([int(text.learn.sum()) for text in cache.texts])
+        chosen = max(1, int(np.searchsorted(rows, most, side="right")))
+    return batches([len(text) for text in cache.texts[:chosen]], 2048)
