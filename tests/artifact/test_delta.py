@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from flashlite.artifact import delta as delta_module
 from flashlite.artifact import staging
 from flashlite.artifact.delta import (
     base_digest,
@@ -270,12 +271,21 @@ def test_a_pipe_is_not_waited_for(copy: Path, tmp_path: Path) -> None:
         read_delta(tmp_path / "pipe.delta", open_artifact(copy))
 
 
-def test_values_that_are_not_finite_are_neither_written_nor_read(copy: Path) -> None:
+def test_values_that_are_not_finite_are_neither_written_nor_read(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact = open_artifact(copy)
     arrays = changed(artifact, 1, 0)
     arrays["final_norm"][0] = np.inf
-    with pytest.raises(ArtifactError, match="final_norm holds a value that is not finite"):
+    message = "final_norm holds a value that is not finite"
+    with pytest.raises(ArtifactError, match=message):
         delta_bytes(artifact, 1, arrays, MADE)
+    with monkeypatch.context() as patch:  # a forger checks nothing, and digests what he wrote
+        patch.setattr(delta_module, "_check_finite", lambda *_: None)
+        forged = delta_bytes(artifact, 1, arrays, MADE)
+    write_delta(tmp_path / "forged.delta", forged)
+    with pytest.raises(ArtifactError, match=message):
+        apply_delta(copy, tmp_path / "forged.delta")
 
 
 def test_other_arrays_are_not_written(copy: Path) -> None:
