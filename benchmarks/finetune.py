@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--model", default=GEMMA, help=f"[default: {GEMMA}]")
     parser.add_argument("--preset", default="q4", help="of the artifact [default: q4]")
     parser.add_argument("--artifact", type=Path, help="an artifact of --model, instead of --preset")
+    parser.add_argument("--config", type=Path, help="texts of a sensitive_layers.json")
     parser.add_argument("--part", choices=["heal", "domain", "both"], default="both")
     parser.add_argument("--minutes", type=float, default=25, help="each at most [default: 25]")
     parser.add_argument("--tokens", type=int, default=40_000, help="to heal on [default: 40000]")
@@ -84,7 +85,7 @@ def main() -> None:
             if part == "domain":
                 chats, held = banking(data / "banking77/train.csv", folder, options)
             wanted = Wanted(
-                artifact, source, chats, held, tokens=options.tokens, others=[(WIKI, wiki)]
+                artifact, source, chats, held, options.config, options.tokens, [(WIKI, wiki)]
             )
             began, cpu = time.monotonic(), time.process_time()
             tuned = tune(wanted, settings, report=watch)
