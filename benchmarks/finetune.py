@@ -4,10 +4,10 @@
     python benchmarks/finetune.py --part domain --minutes 10
 
 Heal: the KL divergence from the source that is left on text that the source wrote and that was held
-back, and on wikitext-2 valid, which nothing was tuned on. Domain: banking77's training file as chats (a
-question, the name of its intent), one in ten held back by the seed; accuracy is that of greedy
-decoding held to the 77 names. The delta is applied to a copy of the artifact and rolled back, and
-every file is compared. Needs FLASHLITE_DATA.
+back, and on wikitext-2 valid, which nothing was tuned on. Domain: banking77's training file as
+chats (a question, the name of its intent), one in ten held back by the seed; accuracy is that of
+greedy decoding held to the 77 names. The delta is applied to a copy of the artifact and rolled
+back, and every file is compared. Needs FLASHLITE_DATA.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import load_texts, open_artifact
 from flashlite.checkpoint.pull import pull
 from flashlite.checkpoint.tokenizer import Tokenizer
-from flashlite.compress.finetune import Report, Settings
+from flashlite.compress.tuning import Report, Settings
 from flashlite.runtime.prepare import make_artifact
 from flashlite.runtime.process import resident_bytes
 from flashlite.runtime.tune import Tuned, Wanted, tune

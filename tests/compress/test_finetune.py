@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tiny_tuning import QUICK, SPEC, material, some_texts, twin
 
-from flashlite.compress.finetune import Material, Report, finetune
+from flashlite.compress.finetune import finetune
 from flashlite.compress.pack import Packed, dequantize
 from flashlite.compress.tail import Tail, tail_shapes
 from flashlite.compress.tail_cache import Floats, Model, build_cache
+from flashlite.compress.tuning import Material, Report
 from flashlite.compress.tuning_texts import Text
 from flashlite.errors import CompressError
 from flashlite.model.metrics import kl_divergence, perplexity

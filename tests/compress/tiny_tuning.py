@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flashlite.compress.finetune import Material, Settings
 from flashlite.compress.pack import Packed, dequantize, pack
 from flashlite.compress.quantize import quantize_matrix
 from flashlite.compress.tail_cache import Model
+from flashlite.compress.tuning import Material, Settings
 from flashlite.compress.tuning_texts import Text, plain_text
 from flashlite.model.differentiable import Differentiable, as_tensors
 from flashlite.model.spec import ModelSpec

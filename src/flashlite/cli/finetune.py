@@ -14,7 +14,7 @@ from flashlite.cli import options, output
 from flashlite.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
-    from flashlite.compress.finetune import Outcome, Report
+    from flashlite.compress.tuning import Outcome, Report
 
 __all__ = ["command"]
 
@@ -93,7 +93,7 @@ def command(
     """
     from flashlite.artifact.delta import write_delta
     from flashlite.checkpoint.pull import pull
-    from flashlite.compress.finetune import Settings
+    from flashlite.compress.tuning import Settings
     from flashlite.model.differentiable import require_torch
     from flashlite.runtime import prepare
     from flashlite.runtime.tune import Wanted, source_of, tune

@@ -23,8 +23,9 @@ from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import load_texts, load_weights, packed, tensor
 from flashlite.checkpoint.pull import Pulled, pull
 from flashlite.checkpoint.tokenizer import Tokenizer
-from flashlite.compress.finetune import Material, Outcome, Report, Settings, finetune
+from flashlite.compress.finetune import finetune
 from flashlite.compress.tail_cache import Model
+from flashlite.compress.tuning import Material, Outcome, Report, Settings
 from flashlite.compress.tuning_texts import (
     Text,
     chat_text,
