@@ -6,6 +6,7 @@
       tokenizer.json        as the `tokenizers` library writes it
       chat_template.jinja   when the model has one
       card.json             what is known of its size and quality
+      deltas/               what was applied to it, and what that replaced: see `deltas.py`
       manifest.json         size and BLAKE3 of every file, BLAKE3 of every tensor
 
 What lies where in the weights follows from model and plan alone: `layout` computes it, the writer
@@ -36,6 +37,7 @@ __all__ = [
     "ALIGN",
     "CARD",
     "CONFIG",
+    "DELTAS",
     "DTYPES",
     "FORMAT_VERSION",
     "LIMITS",
@@ -65,6 +67,7 @@ TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 CARD = "card.json"
 MANIFEST = "manifest.json"
+DELTAS = "deltas"  # a folder: what was applied, and what it replaced
 
 # The most bytes a reader accepts, before it reads any. The header of the weights counts as a file.
 LIMITS: Mapping[str, int] = {

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flashlite.artifact.format import LIMITS
+from flashlite.artifact.format import DELTAS, LIMITS
 from flashlite.errors import ArtifactError
 
 if sys.platform != "win32":
@@ -70,7 +70,7 @@ def _refuse_strangers(target: Path) -> None:
         raise ArtifactError(f"{target}: is not a folder; choose another name")
     if target.is_dir():
         for entry in target.iterdir():
-            if entry.name not in LIMITS:
+            if entry.name not in LIMITS and entry.name != DELTAS:
                 raise ArtifactError(
                     f"{target}: holds {entry.name[:80]!r}, which is no part of an artifact; choose "
                     "another folder or remove it"
@@ -142,6 +142,8 @@ def _make_durable(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
     _sync_folder(folder)
 
 

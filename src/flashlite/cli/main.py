@@ -29,6 +29,8 @@ VERBS = {
     "quantize": "Compress a model into an artifact.",
     "export-h5": "Write a model's weights in FP32 into an HDF5 file.",
     "validate": "Prove what an artifact lost against its source.",
+    "finetune": "Tune the last layers: heal a model, or teach it a domain.",
+    "delta": "Apply, list and roll back what finetune made.",
     "compile": "Generate C for an artifact and build its library.",
     "run": "Complete a text.",
     "chat": "Talk with a model.",

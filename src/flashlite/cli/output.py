@@ -17,7 +17,17 @@ import click
 
 from flashlite.cli.language import translate
 
-__all__ = ["count", "emit", "json_option", "note", "printable", "progress", "table", "write_json"]
+__all__ = [
+    "count",
+    "emit",
+    "json_option",
+    "note",
+    "noted_progress",
+    "printable",
+    "progress",
+    "table",
+    "write_json",
+]
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout."
@@ -96,20 +106,29 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         with progress("pull smollm2-135m-instruct") as report:
             report(done, total)
     """
+    with noted_progress(label) as report:
+        yield lambda done, total: report(done, total, "")
+
+
+@contextmanager
+def noted_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """The same with a few words behind the bar: `report(done, total, "loss 0.31")`."""
     if not sys.stderr.isatty():
         yield _nothing
         return
     from tqdm import tqdm
 
-    layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
+    layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
     with tqdm(desc=label, total=1, bar_format=layout, delay=2, leave=False) as bar:
 
-        def report(done: int, total: int) -> None:
+        def report(done: int, total: int, note: str) -> None:
             bar.total = total
+            if note:
+                bar.set_postfix_str(note, refresh=False)
             bar.update(done - bar.n)
 
         yield report
 
 
-def _nothing(done: int, total: int) -> None:
+def _nothing(done: int, total: int, note: str) -> None:
     """Progress nobody watches."""
