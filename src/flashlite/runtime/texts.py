@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from flashlite.analyze.openings import OPENINGS
 from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import load_texts, load_weights
 from flashlite.checkpoint.tokenizer import Tokenizer
@@ -18,7 +19,6 @@ from flashlite.runtime.library import MAX_BATCH, load_library
 from flashlite.runtime.prepare import compile_artifact
 from flashlite.runtime.sampler import Sampler
 from flashlite.runtime.sampling import SamplingParams
-from flashlite.runtime.states import OPENINGS
 
 __all__ = ["sample_texts"]
 
