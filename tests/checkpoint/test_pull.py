@@ -406,6 +406,14 @@ def test_a_repository_gives_weights_and_no_code(hub: Hub, home: Path) -> None:
     assert hub.requests == []
 
 
+def test_how_an_encoder_pools_comes_with_it(hub: Hub) -> None:
+    hub.files["1_Pooling/config.json"] = b'{"pooling_mode_cls_token": true}'
+    hub.files["2_Dense/config.json"] = b"{}"
+    folder = pull.pull("hf:acme/tiny").path
+    assert visible(folder) == sorted([*TAKEN, "1_Pooling"])
+    assert (folder / "1_Pooling/config.json").read_bytes() == hub.files["1_Pooling/config.json"]
+
+
 def test_check_says_when_the_weights_of_a_repository_changed(
     hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from small import Small
 
-from flashlite.codegen.emit import emit_model
+from flashlite.codegen.generate import generate
 
 __all__ = [
     "Model",
@@ -57,7 +57,7 @@ class Model:
     @classmethod
     def of(cls, small: Small, isa: str = "plain") -> Model:
         """Of an artifact; `isa` is the table that the model names."""
-        return cls(emit_model(small.artifact, isa), small.weights)
+        return cls(generate(small.artifact, isa), small.weights)
 
 
 # ---- compilers ----

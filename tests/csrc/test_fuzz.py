@@ -17,6 +17,7 @@ from split import fit, with_screen
 from flashlite.compress.screen import Cut
 
 FAMILIES = Path(__file__).parents[1] / "fixtures/families"
+ENCODERS = Path(__file__).parents[1] / "fixtures/encoders"
 ROUNDS = 6000
 
 
@@ -41,16 +42,18 @@ def test_random_calls_are_clean_and_equal_the_plain_ones(name: str, folder: Path
     assert run(program) == f"{h.TABLES[name].symbol.removeprefix('fl_kernels_')}: {ROUNDS} rounds\n"
 
 
-@pytest.mark.parametrize("head", ["full", "split"])
-def test_random_batches_are_clean_or_refused(folder: Path, tiny_gguf: Path, head: str) -> None:
+@pytest.mark.parametrize("kind", ["full", "split", "encoder"])
+def test_random_batches_are_clean_or_refused(folder: Path, tiny_gguf: Path, kind: str) -> None:
     """A generated model in every table of this CPU; half of the batches are hostile."""
     reason = h.missing(h.TABLES["plain"]) or h.missing_sanitizers(folder)
     if reason:
         pytest.skip(reason)
-    if head == "full":
+    if kind == "encoder":
+        small = quantize_small(ENCODERS / "bert-first", "q8", folder / "encoder.fl")
+    elif kind == "full":
         small = quantize_small(FAMILIES / "gemma3", "import", folder / "full.fl")
     else:
         whole = quantize_small(tiny_gguf, "q8", folder / "whole.fl")
         cuts = {"coarse": Cut(0.2, 256), "fine": Cut(0.2, 16)}
         small = with_screen(whole, folder / "split.fl", fit(whole), **cuts)
-    run(f.random_program(folder / f"engine.{head}", f.host_tables(), f.Model.of(small)))
+    run(f.random_program(folder / f"engine.{kind}", f.host_tables(), f.Model.of(small)))

@@ -16,7 +16,7 @@ from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
 from flashlite.codegen.target import check_isa, host_target
 from flashlite.errors import UnsupportedTarget
-from flashlite.model.families import describe
+from flashlite.model.families import describe_any
 from flashlite.model.reference import Reference
 from flashlite.runtime.engine import Engine, Sequence, Work
 from flashlite.runtime.library import MAX_BATCH, load_library
@@ -59,7 +59,7 @@ def runs(isa: str) -> bool:
 
 def quantize_small(path: Path, preset: str, folder: Path) -> Small:
     """The artifact `folder` of a checkpoint without a tokenizer."""
-    source = describe(open_checkpoint(path))
+    source = describe_any(open_checkpoint(path))
     provenance = {"source": "", "sha256": "", "licence": ""}
     artifact = quantize(source, NO_TEXT, folder, preset, name="small", provenance=provenance)
     return Small(artifact, load_weights(artifact))

@@ -121,22 +121,34 @@ static int32_t maybe_hostile(fz_input *in, int hostile, int32_t value, uint32_t 
     return fz_below(in, 2) ? (int32_t)fz_bits(in) : (int32_t)(limit - 1 + fz_below(in, 3));
 }
 
-/* Runs of one sequence each, positions rising; ids, positions and pages anything where hostile. */
+static uint32_t most_tokens(void) { return FL_MODEL.encodes ? FL_MAX_TEXT : FL_MAX_BATCH; }
+
+/* Runs of one sequence each, positions rising; ids, positions and pages anything where hostile. An
+ * encoder's are whole texts, 0, 1, 2 ... in order, and nobody asks for logits. */
 static fl_batch any_batch(fz_input *in, int hostile) {
-    fl_batch b = {.n_tokens = 1 + fz_below(in, fz_rarely(in) ? 20 : 4)};
+    int encodes = FL_MODEL.encodes;
+    fl_batch b = {.n_tokens = 1 + fz_below(in, fz_rarely(in) ? (encodes ? 90 : 20) : 4)};
     b.n_sequences = 1 + fz_below(in, SEQUENCES);
     b.page_stride = 2 + fz_below(in, 2);
-    if (hostile && fz_rarely(in)) b.n_tokens = fz_below(in, 2) ? fz_bits(in) : FL_MAX_BATCH + 1;
+    if (hostile && fz_rarely(in)) b.n_tokens = fz_below(in, 2) ? fz_bits(in) : most_tokens() + 1;
     if (hostile && fz_rarely(in)) b.n_sequences = fz_below(in, 2) ? fz_bits(in) : SEQUENCES + 1;
     if (hostile && fz_rarely(in)) b.page_stride = fz_below(in, 2);
     /* Nobody may look at arrays of a size that is refused. */
-    size_t n = b.n_tokens <= FL_MAX_BATCH ? b.n_tokens : 0;
+    size_t n = b.n_tokens <= most_tokens() ? b.n_tokens : 0;
     size_t rows = b.n_sequences <= SEQUENCES ? b.n_sequences : 0;
     int32_t *tokens = fz_get(n * 4), *positions = fz_get(n * 4), *sequences = fz_get(n * 4);
     int32_t *pages = fz_get(rows * b.page_stride * 4);
     int32_t sequence = 0, position = 0;
     for (size_t i = 0; i < n; i++, position++) {
-        if (i == 0 || fz_below(in, 4) == 0 || position >= (int32_t)info.max_context) {
+        int starts = i == 0 || fz_below(in, 4) == 0 || position >= (int32_t)info.max_context;
+        if (starts && encodes && i) {
+            int more = (size_t)sequence + 1 < rows;
+            if (!more && position >= (int32_t)info.max_context) { /* no room: the step ends here */
+                b.n_tokens = (uint32_t)(n = i);
+                break;
+            }
+            if (more) sequence++, position = 0;
+        } else if (starts && !encodes) {
             int32_t was = sequence;
             sequence = (int32_t)fz_below(in, rows ? (uint32_t)rows : 1);
             position = (int32_t)fz_below(in, info.max_context);
@@ -149,7 +161,8 @@ static fl_batch any_batch(fz_input *in, int hostile) {
     }
     for (size_t i = 0; i < rows * b.page_stride; i++)
         pages[i] = maybe_hostile(in, hostile, (int32_t)fz_below(in, PAGES), PAGES);
-    b.n_logits = fz_below(in, (uint32_t)n + 1);
+    if (encodes && n && rows && !(hostile && fz_rarely(in))) b.n_sequences = (uint32_t)sequence + 1;
+    b.n_logits = encodes && !(hostile && fz_rarely(in)) ? 0 : fz_below(in, (uint32_t)n + 1);
     if (hostile && fz_rarely(in)) b.n_logits = fz_below(in, 2) ? fz_bits(in) : b.n_tokens + 1;
     size_t n_logits = b.n_logits <= n ? b.n_logits : 0;
     int32_t *logit_rows = fz_get(n_logits * 4);
@@ -167,7 +180,7 @@ static fl_batch any_batch(fz_input *in, int hostile) {
 
 /* What fl.h says of a batch, read word by word. */
 static int is_valid(const fl_batch *b) {
-    if (b->n_tokens == 0 || b->n_tokens > FL_MAX_BATCH || b->n_logits > b->n_tokens) return 0;
+    if (b->n_tokens == 0 || b->n_tokens > most_tokens() || b->n_logits > b->n_tokens) return 0;
     if (b->n_sequences == 0 || b->n_sequences > SEQUENCES) return 0;
     for (uint32_t i = 0; i < b->n_tokens; i++) {
         int64_t token = b->tokens[i], position = b->positions[i], sequence = b->sequences[i];
@@ -183,7 +196,13 @@ static int is_valid(const fl_batch *b) {
     }
     for (uint32_t i = 0; i < b->n_logits; i++)
         if (b->logit_rows[i] < 0 || b->logit_rows[i] >= (int64_t)b->n_tokens) return 0;
-    return 1;
+    if (!FL_MODEL.encodes) return 1;
+    int32_t text = -1;
+    for (uint32_t i = 0; i < b->n_tokens; i++) {
+        if (b->sequences[i] == text) continue;
+        if (b->sequences[i] != ++text || b->positions[i] != 0) return 0;
+    }
+    return b->n_logits == 0 && text + 1 == (int64_t)b->n_sequences;
 }
 
 void fz_step(fz_input *in) {
@@ -193,7 +212,8 @@ void fz_step(fz_input *in) {
     int valid = is_valid(&b), without = fz_rarely(in); /* no place for the logits */
     size_t n = valid ? b.n_logits * (size_t)info.vocab_size : 0;
     size_t states = valid && fz_below(in, 2) ? b.n_logits * (size_t)info.d_model : 0;
-    if (without && b.n_logits) valid = 0;
+    if (FL_MODEL.encodes) states = valid ? b.n_sequences * (size_t)info.d_model : 0;
+    if (without && (b.n_logits || FL_MODEL.encodes)) valid = 0;
     const float *oracle = NULL, *oracle_states = NULL;
     uint8_t *page = fz_get(info.page_bytes), *ours = fz_get(info.page_bytes);
     size_t other = fz_below(in, (uint32_t)fz_n_tables); /* beside the plain one */
@@ -202,6 +222,7 @@ void fz_step(fz_input *in) {
         float *logits = b.logits = fz_get_shifted(n * sizeof(float), 4);
         float *hidden = b.hidden = states ? fz_get_shifted(states * sizeof(float), 4) : NULL;
         if (without) b.logits = NULL;
+        if (without && FL_MODEL.encodes) b.hidden = NULL;
         fl_status status = fl_step(e, &b);
         fz_require(status == (valid ? FL_OK : FL_BAD_ARGUMENT), "fl_step: the status of a batch");
         if (i == 0) oracle = logits, oracle_states = hidden;
