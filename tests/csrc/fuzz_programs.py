@@ -188,8 +188,12 @@ def _engine_units(model: Model | None, folder: Path) -> list[_Unit]:
     """Engines of all tables in one program: fl_engine.c asks a variable which one it is."""
     if model is None:
         return []
-    memory = ("-Dfl_os_reserve=fz_reserve", "-Dfl_os_release=fz_unreserve")
-    engine = _Unit(h.CSRC / "fl_engine.c", ("-DFL_KERNELS=(*fz_engine_table)", *memory))
+    system = (
+        "-Dfl_os_reserve=fz_reserve",
+        "-Dfl_os_release=fz_unreserve",
+        "-Dfl_os_runs=fz_os_runs",
+    )
+    engine = _Unit(h.CSRC / "fl_engine.c", ("-DFL_KERNELS=(*fz_engine_table)", *system))
     own = (h.CSRC / "fl_encoder.c", h.CSRC / "fl_head.c", h.CSRC / "fl_ops.c", h.FUZZ / "engine.c")
     return [engine, *map(_Unit, own), *_model_files(model, folder)]
 

@@ -37,6 +37,12 @@ void fz_unreserve(void *memory, size_t bytes) {
     free(memory);
 }
 
+/* The tables of this program run here, if need be with instructions emulated. */
+int fz_os_runs(const char *isa) {
+    (void)isa;
+    return 1;
+}
+
 static fl_engine *engines[MAX_TABLES];
 static fl_info info;
 
