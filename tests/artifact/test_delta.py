@@ -25,7 +25,7 @@ from flashlite.artifact.delta import (
 from flashlite.artifact.deltas import applied_deltas, apply_delta, roll_back
 from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import load_weights, open_artifact, tensor
-from flashlite.artifact.write import write_artifact
+from flashlite.artifact.write import record, write_artifact
 from flashlite.errors import ArtifactError, IntegrityError, UsageError
 
 Arrays = dict[str, NDArray[Any]]
@@ -354,3 +354,13 @@ def test_a_tuned_artifact_can_be_replaced(
         name="odd", provenance=other.provenance,
     )  # fmt: skip
     assert not (copy / "deltas").exists()
+
+
+def test_a_card_measured_after_a_delta_goes_with_it(copy: Path, made: Path) -> None:
+    state = files(copy)
+    apply_delta(copy, made)
+    recorded = record(open_artifact(copy), {"validation": {"kl": 0.1}})
+    assert [d.number for d in applied_deltas(recorded)] == [1]
+    assert set(json.loads((copy / "card.json").read_text())["measured"]) == {"delta", "validation"}
+    roll_back(copy)
+    assert files(copy) == state

@@ -10,6 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashlite.analyze.analysis import (
+    AnalysedModel,
+    Analysis,
+    Calibration,
+    Unit,
+    UnitFormat,
+    write_analysis,
+)
+from flashlite.analyze.digest import source_digest
 from flashlite.artifact.format import Artifact
 from flashlite.artifact.read import open_artifact
 from flashlite.checkpoint.open import open_checkpoint
@@ -36,8 +45,13 @@ def config(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(63):
             chances = torch.softmax(forward.logits(ids)[:, -1], -1)
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
+    analysis = Analysis(
+        AnalysedModel("stories", str(stories260k), source_digest(source), "llama", 260_032),
+        Calibration("model", 0, ("en",), tuple(tuple(row) for row in ids.tolist())),
+        (Unit("embed", None, ("embed",), 32_768, {"q8": UnitFormat(34_816, 0.0, None, 0.0)}),),
+    )
     path = tmp_path_factory.mktemp("texts") / "sensitive_layers.json"
-    path.write_text(json.dumps({"calibration": {"sequences": ids.tolist()}}))
+    write_analysis(analysis, path)
     return path
 
 
@@ -168,7 +182,7 @@ def test_a_domain_is_learned_from_chats(
         (["--data", "empty.jsonl"], "empty.jsonl: holds no chat"),
         (["--data", "odd.jsonl"], "odd.jsonl, line 2: not JSON"),
         (["--data", "user.jsonl"], "user.jsonl, line 1: the chat must end with an assistant's"),
-        (["--config", "odd.jsonl"], "holds no `calibration.sequences`"),
+        (["--config", "odd.jsonl"], "odd.jsonl"),
         (["--source", "none.gguf"], "none.gguf"),
     ],
 )
@@ -192,6 +206,18 @@ def test_what_cannot_be_done_is_one_line(
 def test_an_artifact_of_unknown_source_asks_for_it(stories: Artifact, call: Call) -> None:
     code, _, error = call("finetune", stories.path)
     assert (code, "--source" in error) == (2, True)
+
+
+def test_texts_of_another_model_are_refused(
+    stories: Artifact, stories260k: Path, config: Path, call: Call, tmp_path: Path
+) -> None:
+    other = json.loads(config.read_text())
+    other["model"]["digest"] = "blake3:" + "0" * 64
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    code, _, error = call(
+        "finetune", stories.path, "--source", stories260k, "--config", tmp_path / "other.json"
+    )
+    assert (code, "is about another model" in error) == (2, True)
 
 
 def test_another_source_is_refused(stories: Artifact, tiny_gguf: Path, call: Call) -> None:

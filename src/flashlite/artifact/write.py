@@ -180,6 +180,7 @@ def record(artifact: Artifact, measured: Mapping[str, Any]) -> Artifact:
 
 
 def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without links

@@ -35,7 +35,7 @@ __all__ = [
     "plain_prompt",
     "plain_text",
     "read_chats",
-    "read_sequences",
+    "sequences",
 ]
 
 _MAX_FILE = 1 << 30  # bytes of a file of chats
@@ -190,35 +190,22 @@ def read_chats(path: Path) -> list[list[_Message]]:
     return chats
 
 
-def read_sequences(path: Path, vocab_size: int, most: int) -> list[Text]:
-    """The calibration texts of a `sensitive_layers.json`.
+def sequences(found: Sequence[Sequence[int]], vocab_size: int, most: int) -> list[Text]:
+    """Texts of calibration ids.
 
     Args:
-        path: the file.
+        found: ids, text by text.
         vocab_size: ids are below it.
         most: tokens of one text; what is longer is cut into several.
 
     Raises:
-        UsageError: it cannot be read or has no such texts.
+        UsageError: an id is none of this model.
     """
-    try:
-        if path.stat().st_size > _MAX_FILE:
-            raise UsageError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_FILE} are read")
-        value = json.loads(path.read_bytes())
-        sequences = value["calibration"]["sequences"]
-        texts = []
-        for ids in sequences:
-            if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-                raise UsageError(f"{path}: a calibration text holds what is no id of this model")
-            texts += [plain_text(ids[at : at + most]) for at in range(0, len(ids) - 1, most)]
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UsageError(
-            f"{path}: holds no `calibration.sequences`; run flashlite analyze"
-        ) from None
-    if not texts:
-        raise UsageError(f"{path}: its `calibration.sequences` are empty")
+    texts = []
+    for ids in found:
+        if not all(0 <= i < vocab_size for i in ids):
+            raise UsageError("a calibration text holds an id that the model does not have")
+        texts += [plain_text(ids[at : at + most]) for at in range(0, len(ids) - 1, most)]
     return texts
 
 

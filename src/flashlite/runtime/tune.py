@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,9 +19,11 @@ import numpy as np
 from blake3 import blake3
 
 from flashlite import paths
+from flashlite.analyze.analysis import read_analysis
+from flashlite.analyze.digest import source_digest
 from flashlite.artifact.delta import base_digest, delta_bytes
 from flashlite.artifact.format import Artifact
-from flashlite.artifact.read import load_texts, load_weights, packed, tensor
+from flashlite.artifact.read import load_texts, load_weights, open_artifact, packed, tensor
 from flashlite.checkpoint.pull import Pulled, pull
 from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.compress.finetune import finetune
@@ -31,10 +34,11 @@ from flashlite.compress.tuning_texts import (
     chat_text,
     plain_text,
     read_chats,
-    read_sequences,
+    sequences,
 )
-from flashlite.errors import CompressError, UsageError
-from flashlite.runtime.prepare import find_artifact
+from flashlite.errors import ArtifactError, CompressError, UsageError
+from flashlite.model.source import SourceModel
+from flashlite.runtime.prepare import artifact_path, make_artifact
 from flashlite.runtime.texts import sample_texts
 
 __all__ = ["MOST_LOST", "Tuned", "Wanted", "source_of", "tune"]
@@ -170,7 +174,7 @@ def tune(
     head = "embed" if artifact.spec.tied_head else "head"
     source = Model(artifact.spec, lambda n: checkpoint.tensor(head if n == "head" else n))
     student = Model(artifact.spec, lambda n: tensor(artifact, weights, n))
-    material = _material(wanted, settings, progress)
+    material = _material(wanted, checkpoint, settings, progress)
     key = _key(wanted, settings, material, f"{torch.__version__} {torch.get_num_threads()}")
     folder = paths.private_dir(paths.cache_dir() / "finetune") / key
     try:
@@ -191,13 +195,21 @@ def tune(
     return Tuned(outcome, delta, len(delta) / artifact.weights_size)
 
 
-def _material(wanted: Wanted, settings: Settings, progress: Progress | None) -> Material:
+def _material(
+    wanted: Wanted, source: SourceModel, settings: Settings, progress: Progress | None
+) -> Material:
     artifact = wanted.artifact
     limit = min(_LENGTH, artifact.spec.max_context, settings.tokens)
     rng = np.random.default_rng(settings.seed)
     if wanted.config is not None:
-        found = read_sequences(wanted.config, artifact.spec.vocab_size, limit)
-        texts, held = _split(found, rng)
+        analysis = read_analysis(wanted.config)
+        if analysis.model.digest != source_digest(source):
+            raise UsageError(f"{wanted.config}: is about another model, {analysis.model.name}")
+        vocab_size, calibration = artifact.spec.vocab_size, analysis.calibration
+        texts = sequences(calibration.sequences, vocab_size, limit)
+        held = sequences(calibration.held_back, vocab_size, limit)
+        if not held:
+            texts, held = _split(texts, rng)
         texts = _up_to(texts, wanted.tokens)
     else:
         texts, held = _written(wanted, settings, limit, progress)
@@ -251,7 +263,24 @@ def _written(
     wanted: Wanted, settings: Settings, limit: int, progress: Progress | None
 ) -> tuple[list[Text], list[Text]]:
     """What the source writes: it is run in 8 bits or in its own grid, which is next to exact."""
-    writer = find_artifact(str(_named(wanted.source)), preset="import", progress=progress)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            writer = open_artifact(artifact_path(wanted.source, "import"))
+        except (ArtifactError, OSError):
+            # A split head would take minutes to fit, and is not used here.
+            place = Path(folder) / "source.fl"
+            writer = make_artifact(wanted.source, "import", place, head="off", progress=progress)
+        return _kept_texts(writer, wanted, settings, limit, progress)
+
+
+def _kept_texts(
+    writer: Artifact,
+    wanted: Wanted,
+    settings: Settings,
+    limit: int,
+    progress: Progress | None,
+) -> tuple[list[Text], list[Text]]:
+    """The same texts every time, written once."""
     share = max(limit, wanted.tokens // _HELD_SHARE)
     identity = json.dumps([writer.digest, wanted.tokens, limit, settings.seed])
     name = f"texts-{blake3(identity.encode()).hexdigest()[:16]}.json"
@@ -273,12 +302,6 @@ def _written(
         new.replace(path)
     texts, held_texts = ([plain_text(ids) for ids in several] for several in kept)
     return texts, held_texts
-
-
-def _named(source: Pulled) -> Path | str:
-    from flashlite.checkpoint.known_models import KNOWN_MODELS
-
-    return source.name if source.name in KNOWN_MODELS and source.sha256 else source.path
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
