@@ -17,13 +17,9 @@ threads; the figures of one thread are printed beside.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,8 @@ import numpy as np
 
 import common
 from common import Gate, Row
+from flashlite.codegen.target import host_target
+from flashlite.evaluate.limits import best_time, dot_rate, read_rate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "csrc"))
 import kernel_harness as h
@@ -41,65 +39,6 @@ HEAD_DIM, QUERIES, CONTEXT = 64, 3, 1024
 ROWS = 320 * 1024  # of the matrix that gemv reads: more than 100 MB in every format
 VNNI_TABLES = ("amx", "avx512")  # best first
 GATES = {"gemv": Gate(0.85), "gemm": Gate(0.75)}
-READ = """
-#include <stddef.h>
-#include <stdint.h>
-uint64_t read_all(const uint64_t *p, size_t n) {
-    uint64_t s[32] = {0};
-    for (size_t i = 0; i + 32 <= n; i += 32) for (size_t j = 0; j < 32; j++) s[j] += p[i + j];
-    for (size_t j = 1; j < 32; j++) s[0] += s[j];
-    return s[0];
-}
-"""
-# 16 sums that do not wait for each other, more than the latency of vpdpbusd times its units; 64
-# multiply-accumulates each. In assembler, since compilers move intrinsics through the stack here.
-SUMS = 16
-_DOTS = "".join(f'"vpdpbusd %%zmm31, %%zmm30, %%zmm{i}\\n"' for i in range(SUMS))
-_CLOBBERED = ", ".join(f'"zmm{i}"' for i in range(SUMS))
-PEAK = f"""
-void peak(long rounds) {{
-    while (rounds--) __asm__ volatile({_DOTS} : : : {_CLOBBERED});
-}}
-"""
-SPAN = 0.01  # seconds
-PEAK_ROUNDS = 200_000
-PEAK_MACS = PEAK_ROUNDS * SUMS * 64
-
-
-def best_time(work: Callable[[int], object], threads: int, seconds: float) -> float:
-    """Seconds of the fastest round of `work(thread)` on all threads at once.
-
-    A round repeats the work for at least `SPAN`, beside which the moments that threads need to
-    start together are short.
-    """
-    work(0)
-    begun = time.perf_counter()
-    work(0)
-    repeats = 1 + int(SPAN / max(time.perf_counter() - begun, 1e-7))
-    best, end = float("inf"), time.perf_counter() + seconds
-    barrier = threading.Barrier(threads)
-    spans = [(0.0, 0.0)] * threads
-    running = True
-
-    def loop(thread: int) -> None:
-        nonlocal best, running
-        while running:
-            barrier.wait()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                work(thread)
-            spans[thread] = start, time.perf_counter()
-            if barrier.wait() == 0:
-                best = min(best, max(b for _, b in spans) - min(a for a, _ in spans))
-                running = time.perf_counter() < end
-            barrier.wait()
-
-    pool = [threading.Thread(target=loop, args=(i,)) for i in range(threads)]
-    for thread in pool:
-        thread.start()
-    for thread in pool:
-        thread.join()
-    return best / repeats
 
 
 def random_packed(rng: np.random.Generator, format: str, rows: int, cols: int) -> h.Linear:
@@ -115,29 +54,6 @@ def random_packed(rng: np.random.Generator, format: str, rows: int, cols: int) -
         halves.append(half)
     none = np.broadcast_to(np.int32(0), (rows, cols))
     return h.Linear(format, none, halves[0], halves[1], (codes, *halves))
-
-
-def read_rate(directory: Path, nbytes: int, threads: int, seconds: float) -> float:
-    """GB/s of a bare sum over `nbytes`, shared out among the threads."""
-    library = directory / "read.so"
-    if not library.exists():
-        h.compile_c([], library, ["-march=native", "-fPIC", "-shared"], text=READ)
-    read = ctypes.CDLL(str(library)).read_all
-    read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint64
-    data = [np.ones(nbytes // 8 // threads, np.uint64) for _ in range(threads)]
-    best = best_time(lambda i: read(data[i].ctypes.data, data[i].size), threads, seconds)
-    return sum(a.nbytes for a in data) / best / 1e9
-
-
-def peak_rate(directory: Path, threads: int, seconds: float) -> float:
-    """GMAC/s of vpdpbusd with nothing else in its way."""
-    library = directory / "peak.so"
-    if not library.exists():
-        h.compile_c([], library, ["-mavx512vnni", "-mavx512f", "-fPIC", "-shared"], text=PEAK)
-    peak = ctypes.CDLL(str(library)).peak
-    peak.argtypes, peak.restype = (ctypes.c_long,), None
-    best = best_time(lambda _: peak(PEAK_ROUNDS), threads, seconds)
-    return threads * PEAK_MACS / best / 1e9
 
 
 def shares(blocks: int, threads: int) -> list[tuple[int, int]]:
@@ -213,18 +129,20 @@ def attend_time(kernels: h.Kernels, queries: int, seconds: float) -> float:
     return best_time(work, 1, seconds) / 20 * 1e6
 
 
-def measure(
-    kernels: h.Kernels, directory: Path, options: Any, formats: list[str]
-) -> dict[str, float]:
+def measure(kernels: h.Kernels, options: Any, formats: list[str]) -> dict[str, float]:
     """Every figure of one table, once."""
-    figures, seconds = dict[str, float](), options.seconds
+    figures, seconds, target = dict[str, float](), options.seconds, host_target()
     for threads in sorted({1, options.threads}):
         if kernels.name in VNNI_TABLES:
-            figures[f"vnni_peak_gmac_s@{threads}"] = peak_rate(directory, threads, seconds)
+            peak = dot_rate(host_target(kernels.name), threads, seconds=seconds)
+            figures[f"vnni_peak_gmac_s@{threads}"] = peak or 0.0
         for format in formats:
             weights = random_packed(np.random.default_rng(0), format, ROWS, 576)
             for what, value in (
-                (f"read_{format}", read_rate(directory, weights.nbytes, threads, seconds)),
+                (
+                    f"read_{format}",
+                    read_rate(target, threads, nbytes=weights.nbytes, seconds=seconds),
+                ),
                 (f"gemv_{format}", gemv_rate(kernels, weights, threads, seconds)),
             ):
                 figures[f"{what}_gb_s@{threads}"] = value
@@ -281,7 +199,7 @@ def main() -> None:
                 continue
             taken, kernels = results.setdefault(name, {}), h.build(name, Path(folder))
             for _ in range(options.rounds):
-                for what, value in measure(kernels, Path(folder), options, chosen).items():
+                for what, value in measure(kernels, options, chosen).items():
                     taken.setdefault(what, []).append(value)
             for what, values in taken.items():
                 print(f"{name:14} {what:28} {common.median(values):9.1f}", flush=True)

@@ -32,6 +32,7 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "busy": (),
     "encoder": (),
     "depth": (),
+    "cost": (),
     "ablation": (),
     "curve": (),
     "lowrank": (),

@@ -35,6 +35,7 @@ VERBS = {
     "embed": "Turn texts into vectors.",
     "serve": "Answer over HTTP.",
     "bench": "Measure speed and memory.",
+    "profile": "Show where the time of a model goes.",
     "doctor": "Say what this machine can do.",
 }
 

@@ -6,16 +6,18 @@ Answers go to stdout; notes and bars go to stderr, so that stdout can be piped.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
 from flashlite.cli.language import translate
 
-__all__ = ["count", "emit", "json_option", "note", "printable", "progress", "table"]
+__all__ = ["count", "emit", "json_option", "note", "printable", "progress", "table", "write_json"]
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout."
@@ -25,6 +27,21 @@ json_option = click.option(
 def emit(data: Mapping[str, Any]) -> None:
     """Print one JSON object on one line of stdout; NaN and infinities are refused."""
     click.echo(json.dumps(data, allow_nan=False, default=str))
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write one JSON object; the file is there whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def note(text: str) -> None:

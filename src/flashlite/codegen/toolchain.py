@@ -5,6 +5,8 @@
         there and its digests hold: use it
         else: build in a fresh folder beside it -> record keyed digests -> rename
 
+A profiled library (`FL_PROFILE`) has another key throughout; fl_limits.c is a library by itself.
+
 The folder is private to the user (0700) and what it holds is checked against keyed digests before
 it is linked or loaded, since loading runs its code.
 """
@@ -31,7 +33,7 @@ from flashlite import paths
 from flashlite.codegen.target import Target
 from flashlite.errors import CompileError, IntegrityError
 
-__all__ = ["CSRC", "Compiler", "build_library", "find_compiler"]
+__all__ = ["CSRC", "Compiler", "build_library", "build_limits", "find_compiler", "kernels_digest"]
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 _COMMON = ("fl_encoder.c", "fl_engine.c", "fl_head.c", "fl_ops.c", "fl_os.c", "fl_sample.c")
@@ -53,6 +55,8 @@ _FLAGS = (
     "-Werror",
     "-g0",
 )
+_PROFILE = ("-DFL_PROFILE",)  # every part of a step leaves a mark: fl_mark.h
+_LIMITS = "fl_limits.c"
 _DIGESTS = "digests.json"
 _BUILD_SECONDS = 300
 _STALE_SECONDS = 24 * 3600
@@ -92,8 +96,13 @@ def find_compiler(target: Target) -> Compiler:
     )
 
 
-def build_library(model_c: str, target: Target) -> Path:
+def build_library(model_c: str, target: Target, *, profile: bool = False) -> Path:
     """Compile `model.c` with the hand-written C into a shared library, or find it built.
+
+    Args:
+        model_c: from `emit_model`.
+        target: what for.
+        profile: a library that says where the time of a step goes.
 
     Returns:
         Path of the library in the user's cache, its bytes checked.
@@ -104,13 +113,45 @@ def build_library(model_c: str, target: Target) -> Path:
     """
     compiler = find_compiler(target)
     sources = _hand_written(target)
-    setting = (*compiler.command, compiler.version, target.label, *_FLAGS, *target.kernel_flags)
+    flags = (*_FLAGS, *(_PROFILE if profile else ()))
+    setting = (*compiler.command, compiler.version, target.label, *flags, *target.kernel_flags)
     kernels_key = _key([*setting, *(part for item in sources.items() for part in item)])
     folder = _build(
         f"model-{target.label}-{_key([kernels_key, model_c])}",
-        lambda fresh: _compile_model(fresh, model_c, kernels_key, sources, compiler, target),
+        lambda fresh: _compile_model(fresh, model_c, kernels_key, sources, compiler, target, flags),
     )
     return folder / target.library_name
+
+
+def build_limits(target: Target) -> Path:
+    """The library of what a machine can do at most (`csrc/fl_limits.c`), compiled or found.
+
+    Raises:
+        CompileError, IntegrityError: as `build_library`.
+    """
+    compiler = find_compiler(target)
+    sources = {name: (CSRC / name).read_text(encoding="utf-8") for name in (_LIMITS, "fl.h")}
+    flags = (*_FLAGS, *_pic(target), *target.kernel_flags)
+    setting = (*compiler.command, compiler.version, target.label, *flags, *sources.values())
+
+    def compile_limits(fresh: Path) -> None:
+        for name, text in sources.items():
+            (fresh / name).write_text(text, encoding="utf-8")
+        command = (*compiler.command, *_cross(target), *flags, "-shared", _LIMITS)
+        _run((*command, "-o", target.library_name), fresh)
+
+    return _build(f"limits-{target.label}-{_key(setting)}", compile_limits) / target.library_name
+
+
+def kernels_digest(target: Target) -> str:
+    """Names the hand-written C of a target and how it is compiled: equal kernels, equal speed.
+
+    Raises:
+        CompileError: there is no compiler.
+    """
+    compiler = find_compiler(target)
+    setting = (compiler.version, target.label, *_FLAGS, *target.kernel_flags)
+    return _key([*setting, *(part for item in _hand_written(target).items() for part in item)])
 
 
 def _compile_model(
@@ -120,15 +161,16 @@ def _compile_model(
     sources: dict[str, str],
     compiler: Compiler,
     target: Target,
+    flags: tuple[str, ...],
 ) -> None:
     kernels = _build(
         f"kernels-{target.label}-{kernels_key}",
-        lambda folder: _compile_kernels(folder, sources, compiler, target),
+        lambda folder: _compile_kernels(folder, sources, compiler, target, flags),
     )
     (fresh / "model.c").write_text(model_c, encoding="utf-8")
     command = (*compiler.command, *_cross(target))
     include = f"-I{kernels}"
-    _run((*command, *_FLAGS, *_pic(target), include, "-c", "model.c", "-o", "model.o"), fresh)
+    _run((*command, *flags, *_pic(target), include, "-c", "model.c", "-o", "model.o"), fresh)
     objects = sorted(str(path) for path in kernels.glob("*.o"))
     threads = () if target.system == "macos" else ("-lpthread",)
     link = ("-shared", *_pic(target), "-o", target.library_name, "model.o", *objects)
@@ -137,7 +179,11 @@ def _compile_model(
 
 
 def _compile_kernels(
-    fresh: Path, sources: dict[str, str], compiler: Compiler, target: Target
+    fresh: Path,
+    sources: dict[str, str],
+    compiler: Compiler,
+    target: Target,
+    flags: tuple[str, ...],
 ) -> None:
     """One object per file, each with its own instruction set, as many at a time as cores."""
     for name, text in sources.items():
@@ -146,7 +192,7 @@ def _compile_kernels(
     def compile_unit(name: str) -> None:
         own = (*_VECTORISED, f"fl_kernels_{target.isa}.c")
         isa = target.kernel_flags if name in own else ()
-        command = (*compiler.command, *_cross(target), *_FLAGS, *_pic(target), *isa, "-c", name)
+        command = (*compiler.command, *_cross(target), *flags, *_pic(target), *isa, "-c", name)
         _run((*command, "-o", name.removesuffix(".c") + ".o"), fresh)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:

@@ -2,7 +2,7 @@
 
     part of one token     fixed + bytes / gemv(format) + numbers * ns
     part of n tokens      fixed + products / gemm(format, n) + numbers * ns
-    attention             fixed + heads * positions * (a + b * head_dim)
+    attention             fixed + heads * positions * (a + b * head_dim) + KV bytes / rate
 
 added up over `work.step_parts`. Rates are those of weights that come from memory, so a model that
 fits a CPU's caches is faster than predicted.
@@ -88,19 +88,22 @@ def part_seconds(part: Part, rates: Rates, tokens: int, first: int) -> float:
             )
         if many:
             seconds += matrix.macs * tokens / rates.gemm(matrix.format, tokens) / 1e9
+        elif matrix.access == "rows":
+            seconds += matrix.lines_bytes / rates.gather_gb_s / 1e9
+        elif matrix.access == "blocks":  # pieces as long as pages of the cache
+            seconds += matrix.nbytes / rates.kv_gb_s / 1e9
         else:
             seconds += matrix.nbytes / rates.gemv_gb_s[matrix.format] / 1e9
     seconds += part.common_bytes / rates.read_gb_s / 1e9
     seconds += part.elements * tokens * rates.element_ns.get(part.name, (0.0, 0.0))[many] / 1e9
     if part.heads:
+        share = attend_share(part, rates.threads, tokens)
         per_position, per_channel = rates.attend_ns[many]
-        work = part.heads * part.seen(first, tokens)
-        seconds += (
-            attend_share(part, rates.threads, tokens)
-            * work
-            * (per_position + per_channel * part.head_dim)
-            / 1e9
-        )
+        seen = part.head_positions(first, tokens)
+        work = seen * (per_position + per_channel * part.head_dim)
+        seconds += share * work / 1e9
+        if not many:
+            seconds += share * part.kv_bytes(first) / rates.kv_gb_s / 1e9
     return seconds
 
 

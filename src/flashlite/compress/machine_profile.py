@@ -35,6 +35,8 @@ class Rates:
         threads: of the engine.
         read_gb_s: bare reading of memory.
         dot_gmac_s: bare integer products; None where the instruction set has none.
+        gather_gb_s: bare reading of pieces of 256 bytes that lie apart.
+        kv_gb_s: pages of KV cache read by a step of one token, beside what computing takes.
         gemv_gb_s: by format, packed weights multiplied by one token.
         gemm_gmac_s: by format and tokens of a step, weights multiplied by several.
         fixed_us: by part of a step, what it takes however small it is: calls, barriers, waking.
@@ -47,6 +49,8 @@ class Rates:
     threads: int
     read_gb_s: float
     dot_gmac_s: float | None
+    gather_gb_s: float
+    kv_gb_s: float
     gemv_gb_s: Mapping[str, float]
     gemm_gmac_s: Mapping[str, Mapping[int, float]]
     fixed_us: Mapping[str, float] = field(default_factory=dict)
@@ -184,6 +188,8 @@ def _rates(data: object) -> Rates:
         threads,
         _positive(data["read_gb_s"], "read_gb_s"),
         None if dots is None else _positive(dots, "dot_gmac_s"),
+        _positive(data["gather_gb_s"], "gather_gb_s"),
+        _positive(data["kv_gb_s"], "kv_gb_s"),
         gemv,
         gemm,
         {

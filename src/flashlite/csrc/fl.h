@@ -145,4 +145,41 @@ typedef struct {
 FL_API fl_status fl_sample(float *logits, uint32_t vocab, const fl_sampling *sampling,
                            void *scratch, fl_draw *draw);
 
+/* ---- where the time of a step goes: only in libraries built with FL_PROFILE (fl_mark.h) ---- */
+
+#ifdef FL_PROFILE
+
+#define FL_MARKS 16384 /* of one thread, between two reads */
+
+typedef enum {
+    FL_PART_BEGIN = 0, /* of a step, on this thread: what lies before is not part of it */
+    FL_PART_EMBED = 1,
+    FL_PART_NORM = 2, /* before q, k, v and before gate, up */
+    FL_PART_QKV = 3,
+    FL_PART_ROTATE = 4, /* and store */
+    FL_PART_ATTEND = 5,
+    FL_PART_HEADS = 6, /* output projection of attention, with the norm behind it */
+    FL_PART_GATED = 7, /* gate and up */
+    FL_PART_ACTIVATE = 8,
+    FL_PART_HIDDEN = 9, /* down projection, with the norm behind it */
+    FL_PART_HEAD = 10,
+    FL_PART_END = 11, /* the last barrier */
+} fl_part;
+
+/* A part ends here; it begins where the mark before it stands. */
+typedef struct {
+    uint64_t end;    /* nanoseconds of the system's monotonic clock */
+    uint32_t waited; /* of the part: nanoseconds in which this thread waited for others */
+    uint16_t part;   /* fl_part */
+    uint16_t layer;
+} fl_mark;
+
+/* Takes the marks of thread 0 .. n_threads - 1 since the last call; not during a step. Copies as
+ * many as there are, `room` at most, and returns their number. `lost`: how many more there were,
+ * here or beyond FL_MARKS. */
+FL_API uint32_t fl_profile_read(fl_engine *engine, uint32_t thread, fl_mark *marks, uint32_t room,
+                                uint64_t *lost);
+
+#endif
+
 #endif

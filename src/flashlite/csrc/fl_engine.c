@@ -7,6 +7,7 @@
  */
 #include <string.h>
 
+#include "fl_mark.h"
 #include "fl_state.h"
 
 static int32_t ceil_to(int32_t n, int32_t unit) { return (n + unit - 1) / unit * unit; }
@@ -94,6 +95,9 @@ static size_t lay_out(fl_engine *e, uint8_t *memory, uint32_t n_threads) {
         t.answers = carve(&c, (size_t)FL_MAX_QUERIES * (size_t)m->head_dim * f);
         t.panel = carve(&c, FL_PANEL_BYTES(panel_groups));
         t.attend = carve(&c, FL_ATTEND_BYTES(m->head_dim));
+#ifdef FL_PROFILE
+        t.marks = carve(&c, FL_MARKS * sizeof(fl_mark));
+#endif
         if (m->screen) {
             int32_t rows = m->screen->coarse.limit, most = m->screen->fine.limit;
             size_t groups = (size_t)ceil_to(m->screen->rest.cols, FL_GROUP) / FL_GROUP;
@@ -143,8 +147,9 @@ static void *pool_main(void *argument) {
         seen = fl_event_wait(&e->start, seen);
         if (atomic_load_explicit(&e->quit, memory_order_acquire)) return NULL;
         if (t->id > seen % FL_MAX_THREADS) continue;
+        FL_MARK(t, BEGIN);
         FL_MODEL.forward(t);
-        fl_barrier_wait(&e->barrier);
+        fl_barrier_wait(&e->barrier); /* behind it the caller may read the marks */
     }
 }
 
@@ -272,6 +277,7 @@ static void choose_threads(fl_engine *e, uint64_t begin, uint64_t end) {
 }
 
 fl_status fl_step(fl_engine *e, const fl_batch *batch) {
+    FL_MARK(&e->threads[0], BEGIN);
     if (!batch_is_valid(e, batch)) return FL_BAD_ARGUMENT;
     e->batch = *batch;
     int32_t n = (int32_t)batch->n_tokens;
@@ -281,10 +287,26 @@ fl_status fl_step(fl_engine *e, const fl_batch *batch) {
     e->barrier.n = e->active;
     start_step(e);
     FL_MODEL.forward(&e->threads[0]);
-    fl_barrier_wait(&e->barrier);
+    FL_WAIT(e, &e->threads[0]);
     choose_threads(e, begin, fl_os_clock());
+    FL_MARK(&e->threads[0], END);
     return FL_OK;
 }
+
+#ifdef FL_PROFILE
+uint32_t fl_profile_read(fl_engine *e, uint32_t thread, fl_mark *marks, uint32_t room,
+                         uint64_t *lost) {
+    *lost = 0;
+    if (thread >= e->n_threads) return 0;
+    fl_thread *t = &e->threads[thread];
+    uint32_t n = t->n_marks < room ? t->n_marks : room;
+    memcpy(marks, t->marks, n * sizeof(fl_mark));
+    *lost = t->lost_marks + (t->n_marks - n);
+    t->n_marks = 0;
+    t->lost_marks = 0;
+    return n;
+}
+#endif
 
 void fl_count_head(const fl_engine *e, fl_head_counts *counts) { *counts = e->counts; }
 

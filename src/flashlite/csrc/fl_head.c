@@ -100,6 +100,7 @@ void fl_head(fl_thread *t, size_t norm, float eps, const fl_packed *head) {
     fl_linear w = linear(t, head);
     multiply_all(t, &w);
     sync(t);
+    FL_MARK(t, HEAD);
 }
 
 /* ---- the split head ---- */
@@ -441,4 +442,5 @@ void fl_head_split(fl_thread *t, size_t norm, float eps, const fl_packed *head,
     multiply_all(t, &first);
     for (int32_t i = 0; i < (int32_t)e->batch.n_logits; i++) split_row(t, i, norm, eps, &w, screen);
     sync(t);
+    FL_MARK(t, HEAD);
 }

@@ -81,11 +81,13 @@ void fl_embed(fl_thread *t, const fl_table *table, float scale) {
             fill_angles(e->angles[1] + at, FL_MODEL.rope_local, hd / 2, e->batch.positions[i]);
     }
     sync(t);
+    FL_MARK(t, EMBED);
 }
 
 void fl_norm(fl_thread *t, size_t weight, float eps) {
     int32_t d = FL_MODEL.d_model;
     quantize_rows(t, t->engine->x, (size_t)d, d, n_tokens(t), NULL, floats(t, weight), eps);
+    FL_MARK(t, NORM);
 }
 
 /* ---- attention ---- */
@@ -107,6 +109,7 @@ void fl_qkv(fl_thread *t, const fl_packed *q, const fl_packed *k, const fl_packe
         start += parts[p].blocks;
     }
     sync(t);
+    FL_MARK(t, QKV);
 }
 
 /* Rotate pairs (j, j + head_dim / 2) in place. */
@@ -142,6 +145,7 @@ void fl_rotate_store(fl_thread *t, const fl_heads *heads, size_t q_norm, size_t 
         }
     }
     sync(t);
+    FL_MARK(t, ROTATE);
 }
 
 /* The part of a text that a streaming head sees is a text of its own: its first page, then whole
@@ -216,6 +220,7 @@ void fl_attend(fl_thread *t, const fl_heads *heads, int32_t window) {
         }
     }
     sync(t);
+    FL_MARK(t, ATTEND);
 }
 
 /* ---- projections back to the residual stream ---- */
@@ -262,16 +267,22 @@ static const fl_act *quantize_heads(fl_thread *t, int32_t cols) {
 
 void fl_project_heads(fl_thread *t, const fl_packed *w) {
     project(t, w, quantize_heads(t, w->cols));
+    FL_MARK(t, HEADS);
 }
 
 void fl_project_heads_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps) {
     project_norm(t, w, quantize_heads(t, w->cols), weight, eps);
+    FL_MARK(t, HEADS);
 }
 
-void fl_project_hidden(fl_thread *t, const fl_packed *w) { project(t, w, &t->engine->hidden_act); }
+void fl_project_hidden(fl_thread *t, const fl_packed *w) {
+    project(t, w, &t->engine->hidden_act);
+    FL_MARK(t, HIDDEN);
+}
 
 void fl_project_hidden_norm(fl_thread *t, const fl_packed *w, size_t weight, float eps) {
     project_norm(t, w, &t->engine->hidden_act, weight, eps);
+    FL_MARK(t, HIDDEN);
 }
 
 /* ---- the gated MLP ---- */
@@ -296,8 +307,10 @@ void fl_gated(fl_thread *t, const fl_packed *gate, const fl_packed *up, fl_activ
             int32_t last = mine.last * FL_GROUP < g.rows ? mine.last * FL_GROUP : g.rows;
             multiply(t, a, 0, &g, block0, block1, &t->input);
             multiply(t, b, 0, &u, block0, block1, &t->input);
+            FL_MARK(t, GATED);
             activate(a + first, a + first, b + first, last - first);
             k->quantize(&e->hidden_act, 0, mine.first, mine.last, a + first, g.rows);
+            FL_MARK(t, ACTIVATE);
         }
     } else {
         for (int32_t group = mine.first; group < mine.last; group += FL_GATED_GROUPS) {
@@ -307,12 +320,15 @@ void fl_gated(fl_thread *t, const fl_packed *gate, const fl_packed *up, fl_activ
             int32_t cols = (end * FL_GROUP < g.rows ? end * FL_GROUP : g.rows) - group * FL_GROUP;
             k->gemm(t->gate, FL_GATED_COLS, &g, block0, block1, &t->input, t->panel);
             k->gemm(t->up, FL_GATED_COLS, &u, block0, block1, &t->input, t->panel);
+            FL_MARK(t, GATED);
             for (int32_t i = 0; i < n; i++) {
                 float *row = t->gate + (size_t)i * FL_GATED_COLS;
                 activate(row, row, t->up + (size_t)i * FL_GATED_COLS, cols);
                 k->quantize(&e->hidden_act, i, group, end, row, g.rows);
             }
+            FL_MARK(t, ACTIVATE);
         }
     }
     sync(t);
+    FL_MARK(t, GATED); /* the wait for others */
 }

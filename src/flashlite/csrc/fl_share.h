@@ -2,6 +2,7 @@
 #ifndef FL_SHARE_H
 #define FL_SHARE_H
 
+#include "fl_mark.h"
 #include "fl_state.h"
 
 typedef struct {
@@ -24,7 +25,7 @@ static inline fl_span share_tokens(const fl_thread *t, int32_t n) {
     return s;
 }
 
-static inline void sync(fl_thread *t) { fl_barrier_wait(&t->engine->barrier); }
+static inline void sync(fl_thread *t) { FL_WAIT(t->engine, t); }
 
 static inline int32_t n_tokens(const fl_thread *t) { return (int32_t)t->engine->batch.n_tokens; }
 

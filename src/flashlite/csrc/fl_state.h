@@ -40,6 +40,12 @@ struct fl_thread {
     uint16_t *block_scales; /* [groups][16] */
     float best; /* its largest exact value */
     fl_act input; /* what the next linear operation reads: `own` or the engine's */
+#ifdef FL_PROFILE
+    fl_mark *marks; /* [FL_MARKS] */
+    uint32_t n_marks, waited;
+    uint64_t lost_marks;
+    uint16_t layer;
+#endif
 };
 
 struct fl_engine {

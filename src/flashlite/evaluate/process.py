@@ -95,6 +95,11 @@ class Measurer:
         found: list[list[float]] = answer["vectors"]
         return found
 
+    def cost(self, ids: Sequence[int], n: int) -> tuple[float, float]:
+        """CPU-seconds of a prefill of `ids`, and of `n` greedy steps after it."""
+        answer = self._ask(cmd="cost", ids=list(ids), n=n)
+        return float(answer["prefill"]), float(answer["decode"])
+
     def peak_memory(self) -> int:
         """Highest resident bytes so far."""
         return int(self._ask(cmd="rss")["bytes"])

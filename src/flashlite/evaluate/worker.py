@@ -24,6 +24,8 @@ An encoder has, instead of all of these,
                                                          "sequences": 16, "context" for them all
     {"cmd": "embed", "texts": ["..."], "batch": 32}   -> {"seconds": 0.2}, with "vectors": true
                                                          also {"vectors": [[...], ...]}
+    {"cmd": "cost", "ids": [...], "n": 128}    -> {"prefill": 0.4, "decode": 1.3}   CPU-seconds of
+                                                 all threads: user and system time together
     {"cmd": "rss"}                             -> {"bytes": 98000000}   highest so far (VmHWM)
     {"cmd": "close"}                           -> {}
 
@@ -39,7 +41,7 @@ import sys
 import time
 from typing import IO, Any
 
-__all__ = ["answer_lines", "main", "peak_resident_bytes"]
+__all__ = ["answer_lines", "main", "measure_cost", "peak_resident_bytes"]
 
 
 def main() -> None:
@@ -75,6 +77,8 @@ def answer_lines(model_class: Any, requests: IO[str], answers: IO[str]) -> None:
                 answer = {"seconds": model.prefill(request["ids"])}
             elif command == "decode":
                 answer = {"seconds": model.decode(request["ids"], request["n"])}
+            elif command == "cost":
+                answer = measure_cost(model, request["ids"], request["n"])
             elif command == "together":
                 answer = {"seconds": model.together(request["prompts"], request["n"])}
             elif command == "embed":
@@ -92,6 +96,18 @@ def answer_lines(model_class: Any, requests: IO[str], answers: IO[str]) -> None:
         answers.flush()
         if command == "close":
             return
+
+
+def measure_cost(model: Any, ids: list[int], n: int) -> dict[str, float]:
+    """CPU-seconds of a prefill, and of `n` steps after it: what prefill and steps take together
+    less what the prefill took.
+    """
+    start = time.process_time()
+    model.prefill(ids)
+    middle = time.process_time()
+    model.decode(ids, n)
+    prefill = middle - start
+    return {"prefill": prefill, "decode": time.process_time() - middle - prefill}
 
 
 def peak_resident_bytes() -> int:

@@ -268,6 +268,14 @@ class Engine:
             sequence.length = end
         return logits[:rows]
 
+    def read_marks(self, thread: int, out: NDArray[np.void]) -> tuple[NDArray[np.void], int]:
+        """The marks of one thread since the last call, and how many were lost; see `Library`.
+
+        Raises:
+            EngineError: the engine is closed, or its library was not built to be profiled.
+        """
+        return self.library.read_marks(self._open_handle(), thread, out)
+
     def read_page(self, page: int, out: NDArray[np.uint8]) -> None:
         """Copy a KV page of the arena to `out`, of `info.page_bytes`.
 

@@ -7,10 +7,15 @@ import functools
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flashlite.errors import EngineError, MemoryCeiling, UnsupportedTarget
 
 __all__ = [
     "ABI",
+    "MARK",
+    "MARKS",
     "MAX_BATCH",
     "PAGE_TOKENS",
     "CBatch",
@@ -27,6 +32,9 @@ __all__ = [
 ABI = 3
 MAX_BATCH = 256
 PAGE_TOKENS = 32
+MARKS = 16384  # that a thread of a profiled library keeps
+MARK = np.dtype([("end", "<u8"), ("waited", "<u4"), ("part", "<u2"), ("layer", "<u2")])
+"""`fl_mark`: a part of a step ended."""
 
 
 class COptions(ctypes.Structure):
@@ -152,6 +160,12 @@ class Library:
             function = getattr(self._c, name)
             function.restype = result
             function.argtypes = arguments
+        self.profiles = hasattr(self._c, "fl_profile_read")  # built with FL_PROFILE
+        if self.profiles:
+            self._c.fl_profile_read.restype = c_uint32
+            self._c.fl_profile_read.argtypes = [
+                c_void_p, c_uint32, c_void_p, c_uint32, POINTER(c_uint64)
+            ]  # fmt: skip
         self.info = self.describe(1)
         if self.info.abi != ABI or self.info.page_tokens != PAGE_TOKENS:
             raise EngineError(
@@ -208,6 +222,28 @@ class Library:
             EngineError: as `read_page`.
         """
         self.check(self._c.fl_page_write(handle, page, source, size), "page_write")
+
+    def read_marks(
+        self, handle: c_void_p, thread: int, out: NDArray[np.void]
+    ) -> tuple[NDArray[np.void], int]:
+        """Take the marks of one thread since the last call.
+
+        Args:
+            handle: of `open`.
+            thread: 0, the caller's, to the engine's last.
+            out: of `MARK`, [MARKS]; what is returned is a part of it.
+
+        Returns:
+            The marks, oldest first, and how many more there were than anybody kept.
+
+        Raises:
+            EngineError: the library was not built to be profiled.
+        """
+        if not self.profiles:
+            raise EngineError("the library was not built to be profiled; compile it with profile")
+        lost = c_uint64()
+        n = self._c.fl_profile_read(handle, thread, out.ctypes.data, len(out), lost)
+        return out[: int(n)], int(lost.value)
 
     def sample(
         self, logits: int, vocab: int, sampling: CSampling, scratch: int, draw: CDraw

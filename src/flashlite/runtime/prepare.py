@@ -207,12 +207,15 @@ def split_head(artifact: Artifact, mode: str, *, progress: Progress | None = Non
     return add_screen(artifact, fitted)
 
 
-def compile_artifact(artifact: Artifact, target: Target | None = None) -> Path:
+def compile_artifact(
+    artifact: Artifact, target: Target | None = None, *, profile: bool = False
+) -> Path:
     """The artifact's library for a target, from the cache when it was built before.
 
     Args:
         artifact: what to compile.
         target: None for the machine at hand and the best its CPU and its compiler know.
+        profile: a library that says where the time of a step goes (`Engine.read_marks`).
 
     Raises:
         CompileError: no compiler, or it failed.
@@ -220,13 +223,13 @@ def compile_artifact(artifact: Artifact, target: Target | None = None) -> Path:
     """
     chosen = target or host_target()
     try:
-        return build_library(generate(artifact, chosen.isa), chosen)
+        return build_library(generate(artifact, chosen.isa), chosen, profile=profile)
     except CompileError:
         if target is not None or chosen.isa != "amx" or os.environ.get("FLASHLITE_ISA"):
             raise
     # A compiler older than the CPU: tiles came with gcc 11 and clang 12.
     older = host_target("avx512")
-    return build_library(generate(artifact, older.isa), older)
+    return build_library(generate(artifact, older.isa), older, profile=profile)
 
 
 def artifact_path(pulled: Pulled, preset: str) -> Path:
