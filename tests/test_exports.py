@@ -18,7 +18,17 @@ MODULES = sorted(
     ".".join(("flashlite", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
     for path in ROOT.rglob("*.py")
 )
-OPTIONAL = {"llama_cpp", "msgspec", "openvino", "openvino_genai", "starlette", "torch", "uvicorn"}
+OPTIONAL = {
+    "llama_cpp",
+    "msgspec",
+    "openvino",
+    "openvino_genai",
+    "sentence_transformers",
+    "starlette",
+    "torch",
+    "transformers",
+    "uvicorn",
+}
 
 
 def public_names(source: str) -> set[str]:

@@ -65,11 +65,21 @@ def test_packed_bytes_are_codes_scales_and_mins() -> None:
 
 def test_a_window_limits_what_is_seen() -> None:
     part = Part("attention", 0, heads=2, kv_heads=1, head_dim=16, window=10)
-    assert part.seen(0, 3) == 1 + 2 + 3
-    assert part.seen(8, 4) == 9 + 10 + 10 + 10
-    assert replace(part, window=0).seen(8, 2) == 9 + 10
-    assert part.macs(1, 7) == 2 * 2 * 16 * 7
-    assert part.kv_bytes(3) == 3 * (2 * 16 + 2 * 2)
+    assert part.head_positions(0, 3) == 2 * (1 + 2 + 3)
+    assert part.head_positions(8, 4) == 2 * (9 + 10 + 10 + 10)
+    assert replace(part, window=0).head_positions(8, 2) == 2 * (9 + 10)
+    assert part.macs(1, 6) == 2 * 2 * 16 * 7
+    assert part.kv_bytes(2) == 3 * (2 * 16 + 2 * 2)
+
+
+def test_a_streaming_head_sees_the_first_page_and_the_last_ones() -> None:
+    part = Part("attention", 0, heads=6, kv_heads=2, head_dim=16, streams=(3, 1))
+    per_head = 2 * 16 + 2 * 2
+    assert part.head_positions(255, 1) == 6 * 256
+    # Position 1,000 sees page 0 and pages 23 to 31, the last of them as far as itself.
+    streamed = 32 + 1001 - 23 * 32
+    assert part.head_positions(1000, 1) == 3 * 1001 + 3 * streamed
+    assert part.kv_bytes(1000) == per_head * (1001 + streamed)
 
 
 def test_a_split_head_reads_less_and_exactly_what_it_reports() -> None:
@@ -118,7 +128,7 @@ def test_elements_and_attention_have_rates_of_one_token_and_of_several() -> None
     attention = Part("attention", 0, heads=6, kv_heads=3, head_dim=16)
     # Two threads, three KV heads: one of them has two.
     computed = 6 * 100 * (1.0 + 0.5 * 16) * 1e-9
-    one = (computed + attention.kv_bytes(100) / 4e9) * 2 / 3
+    one = (computed + attention.kv_bytes(99) / 4e9) * 2 / 3
     assert part_seconds(attention, RATES, 1, 99) == pytest.approx(one)
     many = 6 * (100 + 101) * (0.2 + 0.1 * 16) * 1e-9
     assert part_seconds(attention, RATES, 2, 99) == pytest.approx(many)

@@ -61,7 +61,7 @@ BUSY = 0.5  # load average from which figures are doubtful
 )
 @click.option(
     "--preset",
-    type=click.Choice(["import", "hybrid", "q8", "q4"]),
+    type=click.Choice(["import", "hybrid", "q8", "q6", "q5", "q4"]),
     default="import",
     show_default=True,
     help="How to quantize a model that has no artifact yet.",

@@ -99,11 +99,11 @@ def part_seconds(part: Part, rates: Rates, tokens: int, first: int) -> float:
     if part.heads:
         share = attend_share(part, rates.threads, tokens)
         per_position, per_channel = rates.attend_ns[many]
-        seen = part.seen(first, tokens)
-        work = part.heads * seen * (per_position + per_channel * part.head_dim)
+        seen = part.head_positions(first, tokens)
+        work = seen * (per_position + per_channel * part.head_dim)
         seconds += share * work / 1e9
         if not many:
-            seconds += share * part.kv_bytes(seen) / rates.kv_gb_s / 1e9
+            seconds += share * part.kv_bytes(first) / rates.kv_gb_s / 1e9
     return seconds
 
 

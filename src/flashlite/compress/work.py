@@ -13,7 +13,7 @@ from typing import Literal
 from flashlite.compress.pack import BLOCK_ROWS, CODE_BYTES, GROUP, blocks_of, groups_of
 from flashlite.compress.plan import Plan, stored_shapes
 from flashlite.compress.screen import REST, SCREEN
-from flashlite.model.spec import ModelSpec
+from flashlite.model.spec import STREAM_PAGE, STREAM_TOKENS, ModelSpec
 
 __all__ = ["PARTS", "Matrix", "Part", "packed_bytes", "step_parts"]
 
@@ -93,6 +93,7 @@ class Part:
         matrices: that its tokens are multiplied by.
         elements: numbers per token that it goes over one by one.
         heads, kv_heads, head_dim, window: of `attention`, else 0; window 0 sees every position.
+        streams: query heads, and KV heads, that see the beginning and the end of the text alone.
         row_bytes: of weights per token, beside the matrices: the row that `embed` looks up.
         common_bytes: of weights per step, beside the matrices: norms, what a screen needs.
     """
@@ -105,6 +106,7 @@ class Part:
     kv_heads: int = 0
     head_dim: int = 0
     window: int = 0
+    streams: tuple[int, int] = (0, 0)
     row_bytes: int = 0
     common_bytes: int = 0
 
@@ -117,24 +119,38 @@ class Part:
         """Bytes of weights that a step of so many tokens reads at least."""
         return self.matrix_bytes + self.common_bytes + self.row_bytes * tokens
 
-    def seen(self, first: int, tokens: int) -> int:
-        """Positions that `tokens` queries from position `first` on see, added up."""
-        if not self.heads:
-            return 0
+    def head_positions(self, first: int, tokens: int) -> int:
+        """Positions that the queries of `tokens` tokens from position `first` on see, added up
+        over their heads.
+        """
+        streaming = self.streams[0]
         return sum(
-            min(position + 1, self.window or position + 1)
-            for position in range(first, first + tokens)
+            (self.heads - streaming) * self._seen(position) + streaming * _streamed(position)
+            for position in range(first, first + tokens if self.heads else first)
         )
 
-    def macs(self, tokens: int, seen: int = 0) -> int:
-        """Multiply-accumulates of a step of so many tokens, whose queries see so many positions."""
-        attended = 2 * self.heads * self.head_dim * seen
+    def macs(self, tokens: int, first: int = 0) -> int:
+        """Multiply-accumulates of a step of so many tokens, the first of them at `first`."""
+        attended = 2 * self.head_dim * self.head_positions(first, tokens)
         return sum(matrix.macs for matrix in self.matrices) * tokens + attended
 
-    def kv_bytes(self, positions: int) -> int:
-        """Bytes of KV cache that one pass over so many positions reads."""
+    def kv_bytes(self, position: int) -> int:
+        """Bytes of KV cache that one query at a position reads, in all heads."""
+        streaming = self.streams[1]
         per_head = 2 * self.head_dim + 2 * _HALF * groups_of(self.head_dim)
-        return self.kv_heads * per_head * positions
+        seen = (self.kv_heads - streaming) * self._seen(position) + streaming * _streamed(position)
+        return per_head * seen
+
+    def _seen(self, position: int) -> int:
+        return min(position + 1, self.window or position + 1)
+
+
+def _streamed(position: int) -> int:
+    """Positions that a streaming head sees: the first page, and whole pages of the last ones."""
+    page = (position - STREAM_TOKENS + 1) // STREAM_PAGE
+    if position < STREAM_TOKENS or page < 2:
+        return position + 1
+    return position + 1 - (page - 1) * STREAM_PAGE
 
 
 def step_parts(
@@ -168,7 +184,8 @@ def step_parts(
             for part, names in _MATRICES.items()
         }
         q, k, _ = of["qkv"]
-        heads, kv_heads = q.rows // spec.head_dim, k.rows // spec.head_dim
+        heads = spec.heads_of(i)
+        streaming = [n for n, yes in zip(heads, spec.streams_of(i), strict=True) if yes]
         post = d if spec.post_norms else 0
         hidden = of["gate_up"][0].rows
         parts += [
@@ -178,10 +195,11 @@ def step_parts(
             Part(
                 "attention",
                 i,
-                heads=heads,
-                kv_heads=kv_heads,
+                heads=sum(heads),
+                kv_heads=len(heads),
                 head_dim=spec.head_dim,
                 window=(spec.sliding_window or 0) if spec.slides(i) else 0,
+                streams=(sum(streaming), len(streaming)),
             ),
             Part("o", i, of["o"], elements=q.rows + d + post, common_bytes=post * _FLOAT),
             Part("ffn_norm", i, elements=d, common_bytes=d * _FLOAT),

@@ -51,7 +51,7 @@ class _Taken:
 
     parts: Mapping[tuple[str, int | None], Part]
     one: _Times
-    seen: int  # positions that the one token saw, in the middle of its steps
+    position: int  # of the one token, in the middle of its steps
     many: Mapping[int, _Times]
 
     def of(self, name: str) -> Iterable[Part]:
@@ -260,8 +260,8 @@ def _attention(
     for name in ("narrow", "broad"):
         probe = taken[name]
         part, seconds = _attended(probe, tokens)
-        seen = probe.seen if tokens == 1 else part.seen(0, tokens)
-        work = part.heads * seen * attend_share(part, threads, tokens)
+        first = probe.position if tokens == 1 else 0
+        work = part.head_positions(first, tokens) * attend_share(part, threads, tokens)
         times.append((part.head_dim, max(seconds - fixed, 0.0) / work * 1e9))
     (narrow, short), (broad, long) = times
     channel = (long - short) / (broad - narrow)
@@ -276,9 +276,10 @@ def _kv_rate(wide: _Taken, fixed: float, attend: tuple[float, float], threads: i
     part, seconds = _attended(wide, 1)
     share = attend_share(part, threads, 1)
     position, channel = attend
-    work = part.heads * wide.seen * (position + channel * part.head_dim) * share / 1e9
+    seen = part.head_positions(wide.position, 1)
+    work = seen * (position + channel * part.head_dim) * share / 1e9
     rest = max(seconds - fixed - work, 0.05 * seconds)
-    return part.kv_bytes(wide.seen) * share / rest / 1e9
+    return part.kv_bytes(wide.position) * share / rest / 1e9
 
 
 def _attended(probe: _Taken, tokens: int) -> tuple[Part, float]:

@@ -300,8 +300,8 @@ def _work(part: Part | None, steps: Sequence[Step]) -> tuple[float, float, float
         weights += part.weight_bytes(tokens)
         if part.heads:
             # Each run of queries reads what it sees once; the last query of a step sees most.
-            kv += part.kv_bytes(part.seen(step.position + step.tokens - 1, 1))
-        macs += part.macs(tokens, part.seen(step.position, tokens))
+            kv += part.kv_bytes(step.position + step.tokens - 1)
+        macs += part.macs(tokens, step.position)
     return float(weights), float(kv), float(macs)
 
 
