@@ -1,24 +1,18 @@
 """Texts that a model writes itself, to tune on and to measure on: no data set leaks into a model.
 
-BOS, or openings in 14 languages and code ──> sampled on, many at once ──> ids, text after text
+BOS, or openings in 17 languages and code ──> sampled on, many at once ──> ids, text after text
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
+from flashlite.analyze.openings import OPENINGS
 from flashlite.artifact.format import Artifact
-from flashlite.artifact.read import load_texts, load_weights
+from flashlite.artifact.read import load_texts
 from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.errors import TemplateError
-from flashlite.runtime.engine import Engine, Sequence, Work
-from flashlite.runtime.library import MAX_BATCH, load_library
-from flashlite.runtime.prepare import compile_artifact
-from flashlite.runtime.sampler import Sampler
-from flashlite.runtime.sampling import SamplingParams
-from flashlite.runtime.states import OPENINGS
+from flashlite.runtime.writing import Writer, open_writing, write
 
 __all__ = ["sample_texts"]
 
@@ -57,66 +51,30 @@ def sample_texts(
     seed += _HELD_SEED if held else 0
     kept: list[list[int]] = []
     written = number = 0
-    with Engine(
-        load_library(compile_artifact(artifact)),
-        load_weights(artifact),
-        max_tokens=_TOGETHER * (length + 32),
-        max_sequences=_TOGETHER,
-        exact_head=True,
-    ) as engine:
+    with open_writing(artifact, _TOGETHER, length) as engine:
         while written < tokens:
             width = min(_TOGETHER, max(1, -(-(tokens - written) // length)))
-            writers = [
-                _Writer(
-                    engine,
+            jobs = [
+                (
                     beginnings[(number + i) % len(beginnings)],
-                    length,
                     _TEMPERATURES[(number + i) // len(beginnings) % len(_TEMPERATURES)],
                     seed + number + i,
                 )
                 for i in range(width)
             ]
             number += width
-            _write(engine, writers, ends)
-            for writer in writers:
-                written += len(writer.ids)
-                if len(writer.ids) >= min(_SHORTEST, length):
-                    kept.append(writer.ids)
-                writer.sequence.release()
+            writers = [
+                Writer(engine, ids, length - len(ids), temperature, draw)
+                for ids, temperature, draw in jobs
+            ]
+            write(engine, writers, ends)
+            for (ids, _, _), writer in zip(jobs, writers, strict=True):
+                written += len(ids) + len(writer.drawn)
+                if len(ids) + len(writer.drawn) >= min(_SHORTEST, length):
+                    kept.append([*ids, *writer.drawn])
             if progress is not None:
                 progress(min(written, tokens), tokens)
     return kept
-
-
-class _Writer:
-    """One text on its way."""
-
-    def __init__(
-        self, engine: Engine, ids: list[int], length: int, temperature: float, seed: int
-    ) -> None:
-        self.ids = list(ids)
-        self.sequence: Sequence = engine.new_sequence(length)
-        self.left = length - len(ids)
-        params = SamplingParams(temperature=temperature, seed=seed)
-        scratch = np.empty(engine.vocab_size, np.uint64)
-        prompt = np.array(ids, np.int32)
-        self._sampler = Sampler(engine.library, params, prompt, self.left, scratch)
-
-    def take(self, logits: np.ndarray, ends: frozenset[int]) -> None:
-        """Draw the next token."""
-        token = self._sampler.draw(logits).token
-        self.ids.append(token)
-        self.left = 0 if token in ends else self.left - 1
-
-
-def _write(engine: Engine, writers: list[_Writer], ends: frozenset[int]) -> None:
-    for writer in writers:
-        for at in range(0, len(writer.ids) - 1, MAX_BATCH):
-            engine.step([Work(writer.sequence, writer.ids[at:-1][:MAX_BATCH], "none")])
-    while running := [writer for writer in writers if writer.left > 0]:
-        logits = engine.step([Work(w.sequence, w.ids[-1:]) for w in running])
-        for writer, row in zip(running, logits, strict=True):
-            writer.take(row, ends)
 
 
 def _beginnings(tokenizer: Tokenizer, which: int, length: int) -> list[list[int]]:
