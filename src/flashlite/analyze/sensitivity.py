@@ -101,6 +101,7 @@ def measure_unit(
             predicted[name][fmt] = _predict(name, source, rounded, spec, statistics)
             if rounded is not source:
                 changed[name] = rounded
+            del rounded  # a table of a large vocabulary is most of the model
         if unit.name == "embed":
             embedding[fmt] = _embedding(spec, weights, formats, fmt, exact, changed)
             measured[fmt] = embedding[fmt].both
@@ -127,11 +128,15 @@ def _embedding(
     lookup, head = both, None
     if spec.tied_head:
         lookup, head = exact.from_ids(changed, head=source), exact.head_only(changed["embed"])
-    changed.clear()  # a table of a large vocabulary is most of the model
-    sizes = np.abs(source).max(axis=1, keepdims=True)
-    sizes[sizes == 0] = 1
-    normalised = formats.round_trip("embed (rows of one size)", source / sizes, fmt)
-    normalised *= sizes
+    changed.clear()
+    normalised = np.empty_like(source)
+    step = max(1, _ROWS // source.shape[1])
+    for first in range(0, len(source), step):
+        rows = source[first : first + step]
+        sizes = np.abs(rows).max(axis=1, keepdims=True)
+        sizes[sizes == 0] = 1
+        rounded = formats.round_trip("embed (rows of one size)", rows / sizes, fmt)
+        np.multiply(rounded, sizes, out=normalised[first : first + step])
     return EmbeddingLoss(both, lookup, head, exact.from_ids({"embed": normalised}))
 
 
