@@ -44,6 +44,8 @@ TEXTS = ("tokenizer.json", "tokenizer.chat_template", "tokenizer.special_tokens"
 """Datasets of bytes in a file of ours, and the keys of its metadata that say where they lie."""
 
 _MAX_TEXT = 1 << 26  # bytes
+
+_CHILD = ("-m", "flashlite.checkpoint.hdf5_child")
 _MAX_REPLY = 1 << 25  # bytes
 _SECONDS = 18.0  # for the child, which has 12 of processor time
 
@@ -64,7 +66,7 @@ def read_hdf5(path: Path) -> Checkpoint:
     size = _check_superblock(path)
     if importlib.util.find_spec("h5py") is None:
         raise MissingExtra("reading HDF5 files", "h5")
-    reply = _ask_child(path)
+    reply = _parse_reply(path, *_run_child(path))
     stored = check_directory(path, reply["datasets"], size)
     metadata = _description(path, reply["model_config"], stored)
     infos = {name: item.info() for name, item in stored.items() if name not in metadata}
@@ -119,7 +121,8 @@ def _check_superblock(path: Path) -> int:
 # ---- the library, in a process of its own -------------------------------------------------------
 
 
-def _ask_child(path: Path) -> dict[str, Any]:
+def _run_child(path: Path) -> tuple[int, bytes]:
+    """The status and the answer of a child process that examines `path`."""
     package_root = Path(__file__).resolve().parents[2]
     python_path = os.pathsep.join(filter(None, [str(package_root), os.environ.get("PYTHONPATH")]))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HDF5_")}
@@ -129,37 +132,39 @@ def _ask_child(path: Path) -> dict[str, Any]:
         "HDF5_PLUGIN_PRELOAD": "::",  # no filters from shared libraries
         "HDF5_USE_FILE_LOCKING": "FALSE",
     }
-    command = [sys.executable, "-m", "flashlite.checkpoint.hdf5_child", str(path.absolute())]
+    output = b""
+    late = threading.Event()
     try:
-        child = subprocess.Popen(
-            command,
+        with subprocess.Popen(
+            [sys.executable, *_CHILD, str(path.absolute())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
-        )
+        ) as child:
+
+            def give_up() -> None:
+                late.set()
+                child.kill()
+
+            timer = threading.Timer(_SECONDS, give_up)
+            timer.start()
+            try:
+                output = b"" if child.stdout is None else child.stdout.read(_MAX_REPLY + 1)
+                if len(output) > _MAX_REPLY:
+                    child.kill()
+                child.wait()
+            finally:
+                child.kill()  # an interrupt leaves none behind
+                timer.cancel()
     except OSError as error:
         raise CheckpointError(f"cannot be examined: {error.strerror}", path=path) from None
-    late = threading.Event()
-
-    def give_up() -> None:
-        late.set()
-        child.kill()
-
-    timer = threading.Timer(_SECONDS, give_up)
-    timer.start()
-    output = b""
-    with child:
-        try:
-            output = b"" if child.stdout is None else child.stdout.read(_MAX_REPLY + 1)
-        finally:
-            if len(output) > _MAX_REPLY:
-                child.kill()
-            child.wait()
-            timer.cancel()
     if late.is_set():
-        raise CheckpointError(f"was not examined after {_SECONDS:g} s and was given up", path=path)
-    return _parse_reply(path, child.returncode, output)
+        raise CheckpointError(
+            f"was not examined after {_SECONDS:g} s and was given up; it may be damaged or hostile",
+            path=path,
+        )
+    return child.returncode, output
 
 
 def _parse_reply(path: Path, status: int, output: bytes) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def match_keras(
             # A tied head that was written all the same, state of training, tables of angles.
             if parts[-2:-1] == ("lm_head",) or parts[-1] == "inv_freq" or _OTHER & set(parts):
                 continue
+            if parts[-1] == "bias" and not checkpoint.tensor(stored).any():
+                continue  # some exporters write them
             raise UnsupportedModel(
                 f"dataset {stored} is no tensor of the model it should be like",
                 path=checkpoint.path,
@@ -155,7 +157,9 @@ def _axes(shape: tuple[int, ...], wanted: tuple[int, ...], kernel: bool) -> tupl
         (2, 0, 1): (c, a * b),  # (heads, channels, outputs)
     }
     possible = [axes for axes, found in fits.items() if found == wanted]
-    return possible[0] if len(possible) == 1 else None
+    # An axis of one head may stand anywhere.
+    orders = {tuple(axis for axis in axes if shape[axis] > 1) for axes in possible}
+    return possible[0] if len(orders) == 1 else None
 
 
 def _product(shape: tuple[int, ...]) -> int:
