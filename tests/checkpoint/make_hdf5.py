@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ from flashlite.checkpoint.hdf5_write import write_hdf5
 from flashlite.checkpoint.tokenizer import SpecialTokens, TokenizerFiles
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["SPEC", "compressed", "keras2", "keras3_gemma", "keras3_llama", "ours", "plain", "values"]
+__all__ = [
+    "SPEC",
+    "compressed",
+    "keras2",
+    "keras3_gemma",
+    "keras3_llama",
+    "ours",
+    "plain",
+    "values",
+]
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -63,10 +72,13 @@ def compressed(path: Path, libver: str | None = None) -> Path:
         file["scalar"] = np.float32(2.5)
         file["text"] = np.array([b"of no", b"concern"])
         chunked = file.create_group("chunked")
-        for name, settings in {
-            "plain": {}, "gzip": {"compression": "gzip"}, "shuffle": {"shuffle": True},
+        variants: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "gzip": {"compression": "gzip"},
+            "shuffle": {"shuffle": True},
             "both": {"compression": "gzip", "shuffle": True},
-        }.items():  # fmt: skip
+        }
+        for name, settings in variants.items():
             chunked.create_dataset(name, data=a, chunks=(3, 4), **settings)
         chunked.create_dataset(
             "growing", data=a, maxshape=(None, None), chunks=(16, 16), compression="gzip"
@@ -138,9 +150,11 @@ def keras3_llama(path: Path, arrays: Arrays, spec: ModelSpec, *, classes: bool) 
 def keras3_gemma(path: Path, arrays: Arrays, spec: ModelSpec) -> Path:
     """A KerasHub Gemma 3 backbone: heads first."""
     d, hd = spec.d_model, spec.head_dim
-    heads_first: Callable[[NDArray[np.float32]], NDArray[np.float32]] = (
-        lambda w: w.reshape(-1, hd, d).transpose(0, 2, 1)
-    )
+
+    def heads_first(w: NDArray[np.float32]) -> NDArray[np.float32]:
+        turned: NDArray[np.float32] = w.reshape(-1, hd, d).transpose(0, 2, 1)
+        return turned
+
     with h5py.File(path, "w") as file:
 
         def put(layer: str, array: NDArray[np.float32]) -> None:
@@ -164,6 +178,10 @@ def keras3_gemma(path: Path, arrays: Arrays, spec: ModelSpec) -> Path:
                     heads_first(arrays[f"{p}self_attn.{hf}_proj.weight"]))  # fmt: skip
             put(f"{block}/attention/output_dense",
                 arrays[p + "self_attn.o_proj.weight"].T.reshape(-1, hd, d))  # fmt: skip
-            for keras, hf in (("gating_ffw", "gate"), ("gating_ffw_2", "up"), ("ffw_linear", "down")):
+            for keras, hf in (
+                ("gating_ffw", "gate"),
+                ("gating_ffw_2", "up"),
+                ("ffw_linear", "down"),
+            ):
                 put(f"{block}/{keras}", arrays[f"{p}mlp.{hf}_proj.weight"].T)
     return path

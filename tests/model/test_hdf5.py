@@ -150,7 +150,9 @@ def like(arrays: dict[str, NDArray[np.float32]], tmp_path: Path, write: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "write", [lambda p, a: make_hdf5.plain(p, a, groups=True), make_hdf5.keras2], ids=["hf", "keras"]
+    "write",
+    [lambda p, a: make_hdf5.plain(p, a, groups=True), make_hdf5.keras2],
+    ids=["hf", "keras"],
 )
 def test_other_shapes_are_refused(write: Any, tmp_path: Path) -> None:
     arrays = arrays_of("llama")
