@@ -39,7 +39,7 @@ from flashlite.checkpoint.open import open_checkpoint
 from flashlite.checkpoint.pull import pull
 from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.cli.budget import read_config
-from flashlite.compress.allocate import Item, Point, allocate
+from flashlite.compress.allocate import Item, Point, allocate, least_cost
 from flashlite.compress.carry_out import gains_of
 from flashlite.compress.differential import items_of, polish, split_sequences
 from flashlite.compress.gptq import weights_of
@@ -331,13 +331,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.work or Path(scratch) / "work"
         start = time.perf_counter()
-        first = allocate(items, options.prefix * body.parameters / 8)
+        first = allocate(items, max(options.prefix * body.parameters / 8, least_cost(items)))
         store, rounded = round_all(analysis, source, folder, first.formats)
         seconds = time.perf_counter() - start
         common.note(f"rounded in every format: {seconds:.0f} s")
         rows = []
         for bit in bits:
-            budget = bit * body.parameters / 8
+            # Columns padded to whole groups may make the smallest body larger than its bits say.
+            budget = max(bit * body.parameters / 8, least_cost(items))
             point, weights = ours(
                 analysis, body, store, rounded, budget, measured, held, options.polish
             )

@@ -496,7 +496,7 @@ class _Job:
         calibration = self.analysis.calibration
         key = _key(
             [
-                1,
+                2,
                 self.digest,
                 self.request.embed,
                 self.forced,

@@ -391,7 +391,7 @@ def gains_of(analysis: Analysis, rounded: Mapping[str, Rounded]) -> dict[tuple[s
         if not parts:
             continue
         for fmt in parts[0].matrices:
-            found[unit.name, fmt] = float(np.mean([part.gain(fmt) for part in parts]))
+            found[unit.name, fmt] = float(np.mean([part.left(fmt) for part in parts]))
     return found
 
 
@@ -432,7 +432,7 @@ def _mean_gain(
     rounded: Mapping[str, Rounded], formats: Mapping[str, str], units: Mapping[str, str]
 ) -> float:
     gains = [
-        matrix.gain(formats[units[name]])
+        matrix.left(formats[units[name]])
         for name, matrix in rounded.items()
         if matrix.steps[formats[units[name]]] != "kept"
     ]

@@ -60,12 +60,6 @@ class Curvature:
     order: NDArray[np.intp]
     factor: _F32
 
-    def solve(self, left: _F32) -> _F32:
-        """Left (H + damping)^-1, for left [n, cols]."""
-        out = np.empty_like(left)
-        out[:, self.order] = (left[:, self.order] @ self.factor.T) @ self.factor
-        return out
-
 
 def curvature(second: _F32, damping: float = DAMPING) -> Curvature:
     """Damp and factor H; what was never read stays where it is.
@@ -193,21 +187,16 @@ def descend(
     return _by_band(weights, start, work)
 
 
-def output_error(weights: _F32, stored: _F32, hessian: _F32, crossed: _F32 | None = None) -> float:
+def output_error(weights: _F32, stored: _F32, second: _F32) -> float:
     """Mean squared change of the outputs, summed over rows: tr(D H D^T).
 
     Args:
         weights: [rows, cols] as they should be.
         stored: as they are.
-        hessian: mean of x x^T.
-        crossed: mean of (x_source - x) x^T where the source's weights read other inputs than the
-            stored ones do; adds what that changes, up to a constant.
+        second: [cols, cols] the mean of x x^T over the inputs.
     """
     change = stored - weights
-    error = float(np.einsum("ij,ij->", change @ hessian, change))
-    if crossed is not None:
-        error -= 2 * float(np.einsum("ij,ij->", weights @ crossed, change))
-    return error
+    return float(np.einsum("ij,ij->", change @ second, change))
 
 
 def _restore(codes: _F32, scales: _F32, shifts: _F32 | None, fmt: str) -> Quantized:

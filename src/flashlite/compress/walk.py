@@ -2,11 +2,14 @@
 
     text -> embed -> layer 0 quantized -> layer 1 quantized -> ...
 
-Two streams of hidden states run through the layers side by side: one through the source's weights,
-one through the weights as they will be stored. A matrix is rounded for the second, towards what
-the source makes of the first (the correction of Li et al., GPTAQ, 2504.02692): so a later matrix
-undoes part of what earlier ones did. Every step is kept only where it lowers the error of the
+A matrix is rounded for inputs that went through the weights as they will be stored, the format it
+will have first and others beside it. Every step is kept only where it lowers the error of the
 outputs on sequences that took no part.
+
+Not kept: rounding towards what the source makes of its own inputs, so that a matrix undoes part of
+what earlier ones did (Li et al., GPTAQ, 2504.02692). Gemma-3-270M in q4, 6,100 tokens to fit to,
+1,024 positions of wikitext-2 valid: KL 0.166 without, 0.159 with half of the correction, 0.193 with
+all of it; and a matrix is then right only beside the formats that it was rounded with.
 """
 
 from __future__ import annotations
@@ -52,14 +55,13 @@ class Rounding:
         steps: tried on top of the plain search, in this order.
         sweeps: of coordinate descent.
         damping: of the mean diagonal of H.
-        feedback: how much of the earlier layers' error a matrix is to undo, 0 to 1.
+        skip: positions at the start of a sequence that are not counted.
     """
 
     steps: tuple[str, ...] = ("search", "gptq", "descent")
     sweeps: int = 2
     damping: float = DAMPING
-    feedback: float = 0.5
-    skip: int = 1  # positions at the start of a sequence that are not counted
+    skip: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,33 +82,28 @@ class Rounded:
         """The format that later layers were rounded for."""
         return next(iter(self.matrices))
 
-    def gain(self, fmt: str) -> float:
-        """What is left of plain rounding's error; 1 where nothing was gained or lost."""
+    def left(self, fmt: str) -> float:
+        """What is left of plain rounding's error; 1 where the format loses nothing."""
         plain = self.errors[fmt].get("plain", 0.0)
-        return max(0.0, self.errors[fmt][self.steps[fmt]]) / plain if plain > 0 else 1.0
+        return self.errors[fmt][self.steps[fmt]] / plain if plain > 0 else 1.0
 
 
-@dataclass
-class _Moments:
-    """Of the inputs of one stage; running sums."""
+class _Moment:
+    """The mean of x x^T over the inputs of one stage, while it is added up."""
 
-    cols: int
-    counted: int = 0
+    def __init__(self, cols: int) -> None:
+        self._sum = np.zeros((cols, cols), np.float32)
+        self._counted = 0
 
-    def __post_init__(self) -> None:
-        self.second = np.zeros((self.cols, self.cols), np.float32)  # of x^T x
-        self.crossed = np.zeros((self.cols, self.cols), np.float32)  # of (x_source - x)^T x
+    def add(self, inputs: Floats) -> None:
+        """Count some inputs, (positions, cols)."""
+        self._sum += inputs.T @ inputs
+        self._counted += len(inputs)
 
-    def add(self, inputs: Floats, source: Floats | None) -> None:
-        self.second += inputs.T @ inputs
-        if source is not None:
-            self.crossed += (source - inputs).T @ inputs
-        self.counted += len(inputs)
-
-    def close(self) -> None:
-        scale = np.float32(1 / max(1, self.counted))
-        self.second *= scale
-        self.crossed *= scale
+    def mean(self) -> Floats:
+        """The result; the sum is used up."""
+        self._sum /= np.float32(max(1, self._counted))
+        return self._sum
 
 
 class _Reached(Exception):
@@ -208,13 +205,8 @@ def quantize_layers(
         return held.get(f"{name} stored", original(name))
 
     every = [*sequences, *held_back]
-    table = {"embed": weights("embed")} if embed is None else {}
-    ours = _Stream(spec, lambda name: table.get(name, stored(name)), every)
-    theirs = None
-    if how.feedback:
-        theirs = _Stream(spec, lambda name: table.get(name, original(name)), every)
+    stream = _Stream(spec, stored, every)
     held.clear()
-    table.clear()
     for i in range(spec.n_layers):
         before = {rounded.name: rounded for rounded in done(i) or ()}
         found: list[Rounded] = []
@@ -223,19 +215,17 @@ def quantize_layers(
             if all(name in before for name in names):
                 found += [before[name] for name in names]
             else:
-                fitting, judging = _moments(spec, i, kinds[0], ours, theirs, len(sequences), how)
-                curve = curvature(fitting.second, how.damping)
+                fitting, judging = _moments(spec, i, kinds[0], stream, len(sequences), how)
+                curve = curvature(fitting, how.damping)
                 found += [
-                    _round(name, original(name), formats[name], curve, fitting, judging, how, keep)
+                    _round(name, original(name), formats[name], curve, judging, how, keep)
                     for name in names
                 ]
             for rounded in found[-len(names) :]:
                 cols = original(rounded.name).shape[1]
                 held[f"{rounded.name} stored"] = weights_of(rounded.matrices[rounded.format], cols)
             if kinds[-1] in ("o", "down"):
-                ours.advance(i, kinds[-1])
-                if theirs is not None:
-                    theirs.advance(i, kinds[-1])
+                stream.advance(i, kinds[-1])
         held.clear()
         yield found
         if progress is not None:
@@ -243,24 +233,15 @@ def quantize_layers(
 
 
 def _moments(
-    spec: ModelSpec,
-    i: int,
-    kind: str,
-    ours: _Stream,
-    theirs: _Stream | None,
-    fitted: int,
-    how: Rounding,
-) -> tuple[_Moments, _Moments]:
-    """Of the inputs of one stage, over the sequences to fit to and over those to judge by."""
+    spec: ModelSpec, i: int, kind: str, stream: _Stream, fitted: int, how: Rounding
+) -> tuple[Floats, Floats]:
+    """Mean x x^T of one stage, over the sequences to fit to and over those to judge by."""
     cols = {"o": spec.q_rows, "down": spec.d_ff}.get(kind, spec.d_model)
-    found = _Moments(cols), _Moments(cols)
-    for at in range(len(ours.states)):
-        inputs = ours.inputs(i, kind, at)[how.skip :]
-        source = None if theirs is None else theirs.inputs(i, kind, at)[how.skip :]
-        found[at >= fitted].add(inputs, source)
-    for moments in found:
-        moments.close()
-    return found
+    fitting, judging = _Moment(cols), _Moment(cols)
+    for at in range(len(stream.states)):
+        inputs = stream.inputs(i, kind, at)[how.skip :]
+        (fitting if at < fitted else judging).add(inputs)
+    return fitting.mean(), judging.mean()
 
 
 def _round(
@@ -268,18 +249,13 @@ def _round(
     weights: Floats,
     formats: Sequence[str],
     curve: Curvature,
-    fitting: _Moments,
-    judging: _Moments,
+    judging: Floats,
     how: Rounding,
     keep: Callable[[str, str], Quantized | None],
 ) -> Rounded:
     """Try the steps one after another; keep the one with the least error on held-back text."""
     cols = weights.shape[1]
-    target = weights
-    if how.feedback:
-        # For the stored inputs to give the source's outputs, W C H^-1 must be added.
-        target = weights + np.float32(how.feedback) * (weights @ curve.solve(fitting.crossed))
-    power = float(np.einsum("ij,ij->", weights @ judging.second, weights))
+    power = float(np.einsum("ij,ij->", weights @ judging, weights))
     matrices: dict[str, Quantized] = {}
     steps: dict[str, str] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -287,11 +263,10 @@ def _round(
         if (kept := keep(name, fmt)) is not None:
             matrices[fmt], steps[fmt], errors[fmt] = kept, "kept", {"kept": 0.0}
             continue
-        tried = dict(_tries(name, weights, target, fmt, curve, how))
+        tried = dict(_tries(name, weights, fmt, curve, how))
         errors[fmt] = {}
         for step, matrix in tried.items():
-            counted = judging.crossed if how.feedback else None
-            error = output_error(weights, weights_of(matrix, cols), judging.second, counted)
+            error = output_error(weights, weights_of(matrix, cols), judging)
             errors[fmt][step] = error / power if power > 0 else 0.0
         steps[fmt] = min(errors[fmt], key=errors[fmt].__getitem__)
         matrices[fmt] = tried[steps[fmt]]
@@ -299,16 +274,14 @@ def _round(
 
 
 def _tries(
-    name: str, weights: Floats, target: Floats, fmt: str, curve: Curvature, how: Rounding
+    name: str, weights: Floats, fmt: str, curve: Curvature, how: Rounding
 ) -> Iterator[tuple[str, Quantized]]:
     yield "plain", quantize_matrix(weights, fmt, name=name)
     start = search(weights, fmt, curve.second, name=name)
     if "search" in how.steps:
         yield "search", start
-    if target is not weights:
-        start = search(target, fmt, curve.second, name=name)
     if "gptq" in how.steps:
-        start = gptq(target, curve, start)
+        start = gptq(weights, curve, start)
         yield "gptq", start
     if "descent" in how.steps:
-        yield "descent", descend(target, curve, start, sweeps=how.sweeps)
+        yield "descent", descend(weights, curve, start, sweeps=how.sweeps)
