@@ -18,7 +18,16 @@ MODULES = sorted(
     ".".join(("flashlite", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
     for path in ROOT.rglob("*.py")
 )
-OPTIONAL = {"llama_cpp", "msgspec", "openvino", "openvino_genai", "starlette", "torch", "uvicorn"}
+OPTIONAL = {
+    "llama_cpp",
+    "lm_eval",
+    "msgspec",
+    "openvino",
+    "openvino_genai",
+    "starlette",
+    "torch",
+    "uvicorn",
+}
 
 
 def public_names(source: str) -> set[str]:

@@ -26,7 +26,7 @@ _TEXT = "The ferry leaves at nine and comes back at noon, when the wind has gone
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A suite of one's own: two languages, questions, prompts, and a set that is not there."""
     folder = tmp_path_factory.mktemp("suite")
-    rows = {
+    rows: dict[str, list[dict[str, object]]] = {
         "passages": [{"language": x, "text": f"{x}: {_TEXT * 3}"} for x in ("de", "en", "es")],
         "questions": [
             {"language": "en", "prompt": f"{i}. {_TEXT}The boat is", "options": [" far", " near"],

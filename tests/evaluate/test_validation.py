@@ -92,7 +92,8 @@ def test_the_bootstrap_by_hand() -> None:
     assert (mean.value, mean.low, mean.high) == (0.5, 0, 1)
     # A chunk of 64 beside one of 2 weighs as its tokens: means are 0, 2 / 66 and 1.
     mean = bootstrap([np.array([0.0] * 64 + [1.0] * 2)])
-    assert (mean.value, mean.low, mean.high) == (pytest.approx(2 / 66), 0, 1)
+    assert mean.value == pytest.approx(2 / 66)
+    assert (mean.low, mean.high) == (0, 1)
 
 
 def test_a_paired_interval_is_narrow_where_both_vary_together() -> None:

@@ -20,7 +20,15 @@ from flashlite.evaluate.scoring import Scored
 from flashlite.evaluate.statistics import Mean, bootstrap
 from flashlite.evaluate.teacher import Excerpt
 
-__all__ = ["Asked", "ChoiceResult", "Counted", "choice_result", "count", "option_excerpts"]
+__all__ = [
+    "Asked",
+    "ChoiceResult",
+    "Counted",
+    "choice_result",
+    "count",
+    "option_excerpts",
+    "singles",
+]
 
 
 @dataclass(frozen=True)
