@@ -20,6 +20,7 @@ MODULES = sorted(
 )
 OPTIONAL = {
     "llama_cpp",
+    "lm_eval",
     "msgspec",
     "openvino",
     "openvino_genai",

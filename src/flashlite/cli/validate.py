@@ -31,6 +31,7 @@ _LIMITS = (
     ("max_ppl_ratio", "perplexity_ratio", True, "Perplexity over that of the source."),
     ("max_language_ratio", "language_ratio", True, "KL of the worst language over English."),
     ("max_flips", "flips", True, "Share of choices that changed."),
+    ("max_accuracy_drop", "accuracy_drop", True, "Accuracy of the source less the artifact's."),
 )
 
 
@@ -103,8 +104,9 @@ def command(
     begun = time.monotonic()
     with limit_data(ceiling, threads or 1):
         found = _measure(opened, dataset, source or named, size, seed, threads)
+    verdicts = _judge(found, limits)
+    missed = [line for line, kept in verdicts.items() if not kept]
     record(opened, {"validation": found.to_json()})
-    verdicts, missed = _judge(found, limits)
     page = report or path.with_suffix(".html")
     compared = str(opened.provenance.get("source") or "its source")
     _write(page, render_validation(found, opened.name, compared, verdicts))
@@ -115,7 +117,7 @@ def command(
                 "artifact": str(path),
                 "report": str(page),
                 **found.to_json(),
-                "verdicts": verdicts,
+                "verdicts": _said(verdicts),
                 "held": not missed,
                 "seconds": round(seconds, 1),
                 "peak_memory_bytes": options.peak_memory(),
@@ -123,7 +125,7 @@ def command(
         )
     else:
         _print(found)
-        for line in verdicts:
+        for line in _said(verdicts):
             click.echo(line)
         click.echo(
             f"{page}: the report; {path / 'card.json'} has the figures "
@@ -160,10 +162,12 @@ def _measure(
     seed: int,
     threads: int | None,
 ) -> Validation:
+    from flashlite.analyze.digest import source_digest
     from flashlite.artifact.read import load_texts, load_weights
     from flashlite.checkpoint.open import open_checkpoint
     from flashlite.checkpoint.tokenizer import Tokenizer
     from flashlite.evaluate.suites import draw_items, find_suite
+    from flashlite.evaluate.teacher import Kept
     from flashlite.evaluate.validation import validate
     from flashlite.model.families import describe
     from flashlite.runtime.engine import Engine
@@ -196,7 +200,12 @@ def _measure(
         def generate(prompt: str, temperature: float, most: int) -> tuple[list[int], str, bool]:
             if not writers:  # opened when it is needed
                 engine.close()
-                opened = load(str(artifact.path), threads=threads, max_sequence_length=context)
+                opened = load(
+                    str(artifact.path),
+                    threads=threads,
+                    max_sequence_length=context,
+                    prefix_cache=False,
+                )
                 writers.append(stack.enter_context(opened))
             return _answer(writers[0], prompt, temperature, most)
 
@@ -212,6 +221,7 @@ def _measure(
             generate,
             size=size,
             seed=seed,
+            kept=Kept(source_digest(described)),
             progress=progress,
         )
 
@@ -254,22 +264,27 @@ def _source_path(artifact: Artifact, named: str | None) -> Path:
     )
 
 
-def _judge(found: Validation, limits: Mapping[str, float | None]) -> tuple[list[str], list[str]]:
-    """A line per limit that was given, and those that are not kept."""
-    verdicts, missed = [], []
+def _judge(found: Validation, limits: Mapping[str, float | None]) -> dict[str, bool]:
+    """A line per limit that was given, and whether it is kept.
+
+    Raises:
+        UsageError: a limit on what the suite does not measure.
+    """
+    verdicts = {}
     for flag, name, larger_is_worse, _ in _LIMITS:
         limit, value = limits[flag], getattr(found, name)
         if limit is None:
             continue
         if value is None:
             raise UsageError(f"--{flag.replace('_', '-')}: this suite does not measure it")
-        kept = value <= limit if larger_is_worse else value >= limit
         relation = "at most" if larger_is_worse else "at least"
-        line = f"{name} {value:.4f}, {relation} {limit:g}: {'kept' if kept else 'NOT KEPT'}"
-        verdicts.append(line)
-        if not kept:
-            missed.append(f"{name} {value:.4f}, {relation} {limit:g}")
-    return verdicts, missed
+        kept = value <= limit if larger_is_worse else value >= limit
+        verdicts[f"{name} {value:.4f}, {relation} {limit:g}"] = bool(kept)
+    return verdicts
+
+
+def _said(verdicts: Mapping[str, bool]) -> list[str]:
+    return [f"{line}: {'kept' if kept else 'NOT KEPT'}" for line, kept in verdicts.items()]
 
 
 def _print(found: Validation) -> None:

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from flashlite.errors import EvaluateError
 from flashlite.evaluate.items import Item, Passage, Prompt, Question
 
-__all__ = ["LOADERS", "Loader"]
+__all__ = ["LOADERS", "Loader", "load_items"]
 
 Loader = Callable[[Path], list[Item]]
 """From the folder of a set to its items."""
@@ -40,6 +41,9 @@ _LANGUAGES = {
     "Turkish": "tr",
     "Vietnamese": "vi",
 }
+_MOST_BYTES = 64 << 20  # of one file of a set
+_MALFORMED = (AttributeError, EOFError, LookupError, OSError, RecursionError, TypeError, ValueError,
+              csv.Error, tarfile.TarError, zlib.error)  # fmt: skip
 _PARAGRAPH = 400  # characters: shorter lines of wikitext are headings
 
 
@@ -99,7 +103,7 @@ def _exams(folder: Path) -> list[Item]:
     with tarfile.open(folder / "dev.jsonl.tar.gz") as archive:
         for member in archive:
             file = archive.extractfile(member)
-            for line in (file or io.BytesIO()).read().decode().splitlines():
+            for line in (file or io.BytesIO()).read(_MOST_BYTES).decode().splitlines():
                 row = json.loads(line)
                 choices = row["question"]["choices"]
                 labels = [choice["label"] for choice in choices]
@@ -191,8 +195,41 @@ LOADERS: Mapping[str, Loader] = {
 }
 
 
+def load_items(name: str, folder: Path) -> list[Item]:
+    """All items of a set.
+
+    Raises:
+        EvaluateError: a file is missing or is not what the loader reads.
+    """
+    try:
+        items = LOADERS[name](folder)
+        for item in items:
+            _check(item)
+    except _MALFORMED as error:
+        raise EvaluateError(
+            f"{folder}: is not the set {name}: {type(error).__name__}: {error}; repair it, or take "
+            "it out of FLASHLITE_DATA"
+        ) from None
+    return items
+
+
+def _check(item: Item) -> None:
+    """What comes from a file may be anything.
+
+    Raises:
+        ValueError: a text is none, or no option is the answer.
+    """
+    texts = [item.prompt, *item.options] if isinstance(item, Question) else [item.text]
+    if not all(isinstance(text, str) for text in (item.language, *texts)):
+        raise ValueError("a text is not a string")
+    if isinstance(item, Question) and not 0 <= item.answer < len(item.options):
+        raise ValueError(f"answer {item.answer} of {len(item.options)} options")
+
+
 def _text(path: Path) -> str:
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise EvaluateError(f"{path}: {path.stat().st_size} bytes, the limit is {_MOST_BYTES}")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluateError(f"{path}: cannot be read as text: {error}") from None

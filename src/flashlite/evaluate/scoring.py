@@ -1,8 +1,7 @@
 """Both models on the same tokens: the source in FP32, and the compressed one on its engine.
 
-The source is walked layer by layer over all sequences, so that each of its tensors is read once and
-only residuals stay in memory; the head and everything that compares the two run over a few rows at
-a time. KL divergence is exact, over the whole vocabulary.
+The source's hidden states come from `teacher`; the head and everything that compares the two run
+over a few rows at a time. KL divergence is exact, over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -13,23 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flashlite.model.reference import Floats, Reference, Weights
+from flashlite.evaluate.teacher import Excerpt, Kept, walk_blocks
+from flashlite.model.reference import Floats, Weights
 from flashlite.model.spec import ModelSpec
 from flashlite.runtime.engine import Engine, Work
 from flashlite.runtime.library import MAX_BATCH
 
-__all__ = ["Excerpt", "Scored", "compare"]
+__all__ = ["Scored", "compare"]
 
 Progress = Callable[[int, int], None]
 _ROW_VALUES = 1 << 23  # logits of one kind held at once: 32 MB
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """Token ids, of which those from `first` on are predicted and compared (1 or more)."""
-
-    ids: NDArray[np.int32]
-    first: int = 1
 
 
 @dataclass(frozen=True)
@@ -40,6 +32,8 @@ class Scored:
     same_top: NDArray[np.bool_]  # whether both would say the same
     source_loss: Floats  # nats of the token that follows
     model_loss: Floats
+    source_rivals: Floats  # nats of each rival at the first predicted token
+    model_rivals: Floats
 
 
 def compare(
@@ -48,55 +42,38 @@ def compare(
     engine: Engine,
     sequences: Sequence[Excerpt],
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> list[Scored]:
     """Run both models over all sequences.
 
     Args:
         spec: of the source.
-        weights: of the source, float32 by canonical name; each layer's are asked for once.
+        weights: of the source, float32 by canonical name; each layer's are asked for once per
+            block of sequences.
         engine: the compressed model, open for as many tokens as the longest sequence has.
         sequences: each at most as long as the model's context.
-        progress: called with (layers and sequences done, of all).
+        progress: called with (tokens done, of all), every token counting once for each model.
+        kept: where the source's hidden states are kept.
     """
-    steps = spec.n_layers + len(sequences)
-    residuals = _walk(spec, weights, sequences, lambda done: progress and progress(done, steps))
-    table = (weights if callable(weights) else weights.__getitem__)(
-        "embed" if spec.tied_head else "head"
-    )
-    scored = []
-    for done, (sequence, hidden) in enumerate(zip(sequences, residuals, strict=True), 1):
-        scored.append(_compare_one(engine, sequence, hidden, table))
+    total = 2 * sum(len(sequence.ids) for sequence in sequences)
+    walked = compared = 0
+
+    def report(tokens: int | None = None) -> None:
+        nonlocal walked
+        walked = walked if tokens is None else tokens
         if progress is not None:
-            progress(spec.n_layers + done, steps)
-    return scored
+            progress(walked + compared, total)
 
-
-def _walk(
-    spec: ModelSpec,
-    weights: Weights,
-    sequences: Sequence[Excerpt],
-    report: Callable[[int], object],
-) -> list[Floats]:
-    """What the head reads at the rows before each predicted token."""
     read = weights if callable(weights) else weights.__getitem__
-    held: dict[str, Floats] = {}
-
-    def once(name: str) -> Floats:
-        if name not in held:
-            held[name] = read(name)
-        return held[name]
-
-    reference = Reference(spec, once)
-    states = [reference.embed(sequence.ids) for sequence in sequences]
-    held.clear()
-    for i in range(spec.n_layers):
-        states = [reference.layer(i, x) for x in states]
-        held.clear()
-        report(i + 1)
-    return [
-        reference.final_norm(x[sequence.first - 1 : -1])
-        for x, sequence in zip(states, sequences, strict=True)
-    ]
+    table: Floats | None = None
+    scored = []
+    for sequence, hidden in walk_blocks(spec, weights, sequences, kept, report):
+        if table is None:  # after the first walk, which has no use for it
+            table = read("embed" if spec.tied_head else "head")
+        scored.append(_compare_one(engine, sequence, hidden, table))
+        compared += len(sequence.ids)
+        report()
+    return scored
 
 
 def _compare_one(engine: Engine, sequence: Excerpt, hidden: Floats, table: Floats) -> Scored:
@@ -104,17 +81,31 @@ def _compare_one(engine: Engine, sequence: Excerpt, hidden: Floats, table: Float
     ids, at = sequence.ids, sequence.first
     timeline = engine.new_sequence(len(ids))
     parts: list[tuple[Floats, NDArray[np.bool_], Floats, Floats]] = []
+    rivals: list[Floats] = []
     try:
         for start in range(0, at - 1, MAX_BATCH):
             engine.step([Work(timeline, ids[start : min(start + MAX_BATCH, at - 1)], "none")])
         for row in range(0, len(hidden), step):
             rows = hidden[row : row + step]
             first = at - 1 + row
+            theirs = rows @ table.T
             ours = engine.step([Work(timeline, ids[first : first + len(rows)], "all")])
-            parts.append(_compare_rows(rows @ table.T, ours, ids[first + 1 :][: len(rows)]))
+            if not rivals:
+                rivals = [_losses(logits[0], sequence.rivals) for logits in (theirs, ours)]
+            parts.append(_compare_rows(theirs, ours, ids[first + 1 :][: len(rows)]))
     finally:
         timeline.release()
-    return Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)), *rivals)
+
+
+def _losses(logits: Floats, ids: Sequence[int]) -> Floats:
+    """Nats of each of `ids` under one row of logits."""
+    if not ids:
+        return np.zeros(0, np.float32)
+    shifted = logits - logits.max()
+    total = np.log(np.exp(shifted).sum(dtype=np.float64))
+    losses: Floats = (total - shifted[list(ids)]).astype(np.float32)
+    return losses
 
 
 def _compare_rows(

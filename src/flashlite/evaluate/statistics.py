@@ -1,4 +1,4 @@
-"""How sure a mean is: bootstrap over chunks, and paired differences."""
+"""How sure a mean is: bootstrap over chunks. Given differences of pairs, it is a paired one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 __all__ = ["Mean", "bootstrap"]
 
 _DRAWS = 2000
+_DRAWN_AT_ONCE = 1 << 20  # chunks: what a full run draws would not fit into memory
 _CHUNK = 64  # neighbouring tokens: they are alike, so they are drawn together
 
 
@@ -40,7 +41,12 @@ def bootstrap(parts: Sequence[NDArray[np.floating]], seed: int = 0) -> Mean:
     sums = np.array([chunk.sum() for chunk in chunks], np.float64)
     sizes = np.array([len(chunk) for chunk in chunks], np.float64)
     mean = float(sums.sum() / sizes.sum())
-    drawn = np.random.default_rng(seed).integers(0, len(chunks), (_DRAWS, len(chunks)))
-    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    rng = np.random.default_rng(seed)
+    means = np.empty(_DRAWS)
+    step = max(1, _DRAWN_AT_ONCE // len(chunks))
+    for at in range(0, _DRAWS, step):
+        here = means[at : at + step]
+        drawn = rng.integers(0, len(chunks), (len(here), len(chunks)))
+        here[:] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Mean(mean, float(low), float(high))

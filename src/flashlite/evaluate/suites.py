@@ -21,7 +21,7 @@ import numpy as np
 
 from flashlite.errors import EvaluateError, UsageError
 from flashlite.evaluate.items import Item
-from flashlite.evaluate.loaders import LOADERS
+from flashlite.evaluate.loaders import LOADERS, load_items
 
 __all__ = ["SIZES", "Drawn", "Suite", "Task", "draw_items", "find_suite"]
 
@@ -106,7 +106,7 @@ def draw_items(suite: Suite, size: str, seed: int) -> tuple[list[Drawn], list[st
             if data is None or not folder.is_dir():
                 absent.append(task.loader)
                 continue
-        items = LOADERS[task.loader](folder)
+        items = load_items(task.loader, folder)
         if not items:
             raise EvaluateError(f"{folder}: holds nothing that task {task.name} could use")
         drawn.append(Drawn(task, _spread(items, task.items[size], seed)))

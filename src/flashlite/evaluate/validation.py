@@ -2,100 +2,63 @@
 
     suite -> items -> excerpts -> both models on the same tokens -> Validation -> card, report
 
-Text tasks give KL divergence, agreement of the likeliest token and perplexity; choice tasks give
-accuracy and flips (answers that changed, right or wrong: "Accuracy is not all you need", arXiv
-2407.09141); generation is looked at for repetition, for ending, and for JSON where it was asked.
+Text tasks give KL divergence, agreement of the likeliest token and perplexity; choice tasks
+(`choices`) accuracy and flips; generation (`writing`) is looked at for how it ends and repeats.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from operator import attrgetter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.errors import EvaluateError
+from flashlite.evaluate.choices import Asked, ChoiceResult, choice_result, count, option_excerpts
 from flashlite.evaluate.items import Passage, Prompt, Question
-from flashlite.evaluate.scoring import Excerpt, Scored, compare
+from flashlite.evaluate.scoring import Scored, compare
 from flashlite.evaluate.statistics import Mean, bootstrap
 from flashlite.evaluate.suites import Drawn
+from flashlite.evaluate.teacher import Excerpt, Kept
+from flashlite.evaluate.writing import Answered, Generate, answer_prompts
 from flashlite.model.reference import Weights
 from flashlite.model.spec import ModelSpec
 from flashlite.runtime.engine import Engine
 
-__all__ = ["Answered", "ChoiceResult", "Generate", "TextResult", "Validation", "validate"]
-
-Generate = Callable[[str, float, int], tuple[Sequence[int], str, bool]]
-"""(prompt, temperature, most tokens) -> (ids, text, whether the model ended by itself)."""
+__all__ = ["DECADES", "TextResult", "Validation", "validate"]
 
 Progress = Callable[[str, int, int], None]
 _CONTEXT = 512  # tokens of a passage that are read
-_GENERATED = 64  # tokens
-_TEMPERATURES = (0.0, 0.7)
-_REPEATS = 4  # a stretch of 8 tokens seen so often is a loop
-_STRETCH = 8
+DECADES = tuple(10.0**power for power in range(-5, 1))
+"""Nats between which tokens are counted: below the first, ..., from the last on."""
 
 
 @dataclass(frozen=True)
 class TextResult:
-    """A text task, or one language of it."""
+    """A text task, or one language of it, or all of them."""
 
     tokens: int
     kl: Mean
     kl_99: float  # nats below which 99 % of the tokens lie
     top1: Mean
+    log_ratio: Mean  # ln of the model's perplexity over the source's, token by token
     source_perplexity: float
     model_perplexity: float
 
-    @property
-    def log_ratio(self) -> float:
-        """Ln of the ratio of perplexities."""
-        return math.log(self.model_perplexity / self.source_perplexity)
-
     def to_json(self) -> dict[str, Any]:
         """Numbers and intervals."""
-        data = asdict(self) | {"kl": self.kl.to_json(), "top1": self.top1.to_json()}
-        return data | {"log_perplexity_ratio": round(self.log_ratio, 6)}
-
-
-@dataclass(frozen=True)
-class ChoiceResult:
-    """A choice task."""
-
-    questions: int
-    chance: float
-    source_accuracy: Mean
-    model_accuracy: Mean
-    flips: Mean  # share of the answers that changed
-
-    def to_json(self) -> dict[str, Any]:
-        """Numbers and intervals."""
-        means = {
-            name: getattr(self, name).to_json()
-            for name in ("source_accuracy", "model_accuracy", "flips")
+        return {
+            "tokens": self.tokens,
+            "kl": self.kl.to_json(),
+            "kl_99": round(self.kl_99, 6),
+            "top1": self.top1.to_json(),
+            "log_perplexity_ratio": self.log_ratio.to_json(),
+            "source_perplexity": round(self.source_perplexity, 4),
+            "model_perplexity": round(self.model_perplexity, 4),
         }
-        return {"questions": self.questions, "chance": round(self.chance, 4), **means}
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A generation task at one temperature, of the compressed model alone."""
-
-    prompts: int
-    temperature: float
-    ended: float  # share that came to an end by itself
-    looping: float  # share in which 8 tokens in a row came 4 times or more
-    json_valid: float | None  # of those that asked for JSON; None: none did
-
-    def to_json(self) -> dict[str, Any]:
-        """Shares."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -106,42 +69,55 @@ class Validation:
     size: str
     seed: int
     absent: tuple[str, ...]  # sets that the suite names and that were not there
+    total: TextResult  # over all tokens of all text tasks
+    decades: tuple[float, ...]  # share of these tokens by their KL, see DECADES
     texts: Mapping[str, TextResult]  # by task
     languages: Mapping[str, TextResult]  # of all text tasks with several languages, by language
     choices: Mapping[str, ChoiceResult]
+    questions: ChoiceResult | None  # all of them; None without any
     generations: Mapping[str, Sequence[Answered]]
 
     @property
     def kl(self) -> float:
-        """Mean over all tokens of all text tasks."""
-        total = sum(r.kl.value * r.tokens for r in self.texts.values())
-        return total / sum(r.tokens for r in self.texts.values())
+        """Nats per token, the mean over all text."""
+        return self.total.kl.value
 
     @property
     def top1(self) -> float:
-        """Agreement over all tokens of all text tasks."""
-        total = sum(r.top1.value * r.tokens for r in self.texts.values())
-        return total / sum(r.tokens for r in self.texts.values())
+        """Agreement over all text."""
+        return self.total.top1.value
 
     @property
     def perplexity_ratio(self) -> float:
-        """Geometric mean over all tokens."""
-        total = sum(r.log_ratio * r.tokens for r in self.texts.values())
-        return math.exp(total / sum(r.tokens for r in self.texts.values()))
+        """Perplexity over that of the source, over all text."""
+        return math.exp(self.total.log_ratio.value)
+
+    @property
+    def worst_language(self) -> str | None:
+        """The one with the highest KL; None unless English and others were measured."""
+        if "en" not in self.languages or len(self.languages) < 2:
+            return None
+        return max(self.languages, key=lambda name: self.languages[name].kl.value)
 
     @property
     def language_ratio(self) -> float | None:
         """KL of the worst language over that of English; None without several languages."""
-        if "en" not in self.languages or len(self.languages) < 2:
+        worst = self.worst_language
+        if worst is None:
             return None
-        worst = max(result.kl.value for result in self.languages.values())
-        return worst / max(self.languages["en"].kl.value, 1e-12)
+        # An exact model has rounding noise alone, which no ratio should be made of.
+        english = max(self.languages["en"].kl.value, 1e-6)
+        return max(self.languages[worst].kl.value, 1e-6) / english
 
     @property
     def flips(self) -> float | None:
         """Share of all questions whose answer changed; None without any."""
-        n = sum(r.questions for r in self.choices.values())
-        return sum(r.flips.value * r.questions for r in self.choices.values()) / n if n else None
+        return None if self.questions is None else self.questions.flips.value
+
+    @property
+    def accuracy_drop(self) -> float | None:
+        """Share of all questions that the source has right beyond the model; None without any."""
+        return None if self.questions is None else 0.0 - self.questions.difference.value
 
     def to_json(self) -> dict[str, Any]:
         """What goes into the card and behind --json."""
@@ -158,15 +134,29 @@ class Validation:
             "top1": rounded(self.top1),
             "perplexity_ratio": rounded(self.perplexity_ratio),
             "language_ratio": rounded(self.language_ratio),
+            "worst_language": self.worst_language,
             "flips": rounded(self.flips),
+            "accuracy_drop": rounded(self.accuracy_drop),
+            "total": self.total.to_json(),
+            "kl_decades": [round(share, 6) for share in self.decades],
             "texts": {name: result.to_json() for name, result in self.texts.items()},
             "languages": {name: result.to_json() for name, result in self.languages.items()},
             "choices": {name: result.to_json() for name, result in self.choices.items()},
+            "questions": None if self.questions is None else self.questions.to_json(),
             "generations": {
                 name: [one.to_json() for one in results]
                 for name, results in self.generations.items()
             },
         }
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A passage and the excerpt that holds it."""
+
+    task: str
+    language: str
+    excerpt: int
 
 
 def validate(
@@ -182,6 +172,7 @@ def validate(
     *,
     size: str = "standard",
     seed: int = 0,
+    kept: Kept | None = None,
     progress: Progress | None = None,
 ) -> Validation:
     """Measure a compressed model against its source.
@@ -198,86 +189,71 @@ def validate(
         generate: writes text with the compressed model.
         size: which size was drawn.
         seed: what it was drawn with.
+        kept: where the source's hidden states are kept for the next time.
         progress: called with (stage, done, of how many).
 
     Raises:
-        EvaluateError: no item of the suite can be used.
+        EvaluateError: no text of the suite can be used.
     """
     most = min(_CONTEXT, spec.max_context)
     excerpts: list[Excerpt] = []
-    texts: list[tuple[str, str, int]] = []  # task, language, excerpt
-    options: list[tuple[str, Question, list[int]]] = []  # task, question, an excerpt per option
+    texts: list[_Read] = []
+    asked: list[Asked] = []
+    prompts: dict[str, list[Prompt]] = {}
     for one in drawn:
+        task = one.task.name
         for item in one.items:
             if isinstance(item, Passage):
                 ids = [*begin, *tokenizer.encode(item.text)][:most]
                 if len(ids) > len(begin) + 8:
-                    texts.append((one.task.name, item.language, len(excerpts)))
+                    texts.append(_Read(task, item.language, len(excerpts)))
                     excerpts.append(Excerpt(np.array(ids, np.int32)))
             elif isinstance(item, Question):
-                made = _options(tokenizer, begin, item, most)
+                made = option_excerpts(tokenizer, begin, item, most)
                 if made:
-                    options.append(
-                        (one.task.name, item, [*range(len(excerpts), len(excerpts) + len(made))])
-                    )
+                    where = range(len(excerpts), len(excerpts) + len(made))
+                    asked.append(Asked(task, item, where))
                     excerpts += made
+            else:
+                prompts.setdefault(task, []).append(item)
     if not texts:
         raise EvaluateError(f"suite {suite} has no text that can be scored")
 
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress("score", done, total)
+    def stage(name: str) -> Callable[[int, int], None]:
+        return lambda done, total: None if progress is None else progress(name, done, total)
 
-    scored = compare(spec, weights, engine, excerpts, report)
-    by_task = _gather(texts, scored, lambda task, _: task)
-    several = {task for task, _, _ in texts if len({x for t, x, _ in texts if t == task}) > 1}
-    by_language = _gather(
-        [entry for entry in texts if entry[0] in several], scored, lambda _, language: language
-    )
-    prompts = {
-        one.task.name: [item for item in one.items if isinstance(item, Prompt)]
-        for one in drawn
-        if one.task.kind == "generate"
-    }
+    scored = compare(spec, weights, engine, excerpts, stage("score"), kept)
+    languages: dict[str, set[str]] = {}
+    for text in texts:
+        languages.setdefault(text.task, set()).add(text.language)
+    several = [text for text in texts if len(languages[text.task]) > 1]
+    answers = {(one.task, i): count(one, scored) for i, one in enumerate(asked)}
+    everything = [scored[text.excerpt] for text in texts]
     return Validation(
         suite,
         size,
         seed,
         tuple(absent),
-        {task: _text_result(parts) for task, parts in by_task.items()},
-        {language: _text_result(parts) for language, parts in sorted(by_language.items())},
-        _choice_results(options, scored),
-        _generations(prompts, generate, progress),
+        _text_result(everything),
+        _decades(everything),
+        _text_results(texts, scored, lambda text: text.task),
+        dict(sorted(_text_results(several, scored, lambda text: text.language).items())),
+        {
+            task: choice_result([one for (name, _), one in answers.items() if name == task])
+            for task in dict.fromkeys(one.task for one in asked)
+        },
+        choice_result(list(answers.values())) if answers else None,
+        answer_prompts(prompts, generate, stage("generate")),
     )
 
 
-def _options(
-    tokenizer: Tokenizer, begin: Sequence[int], question: Question, most: int
-) -> list[Excerpt]:
-    """The prompt with each option; empty when one does not fit."""
-    prompt = [*begin, *tokenizer.encode(question.prompt)]
-    made = []
-    for option in question.options:
-        ids = [*begin, *tokenizer.encode(question.prompt + option)]
-        # Tokens may join across the border: what differs from the prompt alone is the option.
-        first = next(
-            (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt)
-        )
-        if len(ids) > most or not 1 <= first < len(ids):
-            return []
-        made.append(Excerpt(np.array(ids, np.int32), first))
-    return made
-
-
-def _gather(
-    texts: Sequence[tuple[str, str, int]],
-    scored: Sequence[Scored],
-    key: Callable[[str, str], str],
-) -> dict[str, list[Scored]]:
+def _text_results(
+    texts: Sequence[_Read], scored: Sequence[Scored], key: Callable[[_Read], str]
+) -> dict[str, TextResult]:
     groups: dict[str, list[Scored]] = {}
-    for task, language, index in texts:
-        groups.setdefault(key(task, language), []).append(scored[index])
-    return groups
+    for text in texts:
+        groups.setdefault(key(text), []).append(scored[text.excerpt])
+    return {name: _text_result(parts) for name, parts in groups.items()}
 
 
 def _text_result(parts: Sequence[Scored]) -> TextResult:
@@ -291,75 +267,14 @@ def _text_result(parts: Sequence[Scored]) -> TextResult:
         bootstrap([part.kl for part in parts]),
         float(np.quantile(kl, 0.99)),
         bootstrap([part.same_top.astype(np.float64) for part in parts]),
+        # Paired: both losses are of the same token, so what they share moves neither end.
+        bootstrap([part.model_loss.astype(np.float64) - part.source_loss for part in parts]),
         perplexity("source_loss"),
         perplexity("model_loss"),
     )
 
 
-def _choice_results(
-    options: Sequence[tuple[str, Question, list[int]]], scored: Sequence[Scored]
-) -> dict[str, ChoiceResult]:
-    groups: dict[str, list[tuple[bool, bool, bool, float]]] = {}
-    for task, question, indexes in options:
-        # Per character of the option, so that long options are not at a disadvantage.
-        lengths = np.array([max(1, len(option.strip())) for option in question.options])
-        source, model = (
-            int(np.argmin(np.array([loss(scored[i]).sum() for i in indexes]) / lengths))
-            for loss in (attrgetter("source_loss"), attrgetter("model_loss"))
-        )
-        groups.setdefault(task, []).append(
-            (source == question.answer, model == question.answer, source != model, 1 / len(indexes))
-        )
-    results = {}
-    for task, rows in groups.items():
-        columns = np.array(rows, np.float64).T
-        single = [[column[i : i + 1] for i in range(len(column))] for column in columns[:3]]
-        results[task] = ChoiceResult(
-            len(rows), float(columns[3].mean()), *(bootstrap(parts) for parts in single)
-        )
-    return results
-
-
-def _generations(
-    prompts: Mapping[str, Sequence[Prompt]], generate: Generate, progress: Progress | None
-) -> dict[str, list[Answered]]:
-    total, done = sum(map(len, prompts.values())) * len(_TEMPERATURES), 0
-    results: dict[str, list[Answered]] = {}
-    for task, asked in prompts.items():
-        for temperature in _TEMPERATURES:
-            ended, looping, valid = 0, 0, []
-            for prompt in asked:
-                ids, text, over = generate(prompt.text, temperature, _GENERATED)
-                ended += over
-                looping += _loops(ids)
-                if prompt.kind == "json":
-                    valid.append(_is_json(text))
-                done += 1
-                if progress is not None:
-                    progress("generate", done, total)
-            n = len(asked)
-            share = sum(valid) / len(valid) if valid else None
-            results.setdefault(task, []).append(
-                Answered(n, temperature, ended / n, looping / n, share)
-            )
-    return results
-
-
-def _loops(ids: Sequence[int] | NDArray[np.int32]) -> bool:
-    seen: dict[tuple[int, ...], int] = {}
-    for i in range(len(ids) - _STRETCH + 1):
-        stretch = tuple(ids[i : i + _STRETCH])
-        seen[stretch] = seen.get(stretch, 0) + 1
-        if seen[stretch] >= _REPEATS:
-            return True
-    return False
-
-
-def _is_json(text: str) -> bool:
-    """Whether the answer is a JSON value, a fence of Markdown around it allowed."""
-    text = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+def _decades(parts: Sequence[Scored]) -> tuple[float, ...]:
+    kl = np.concatenate([part.kl for part in parts])
+    counts = np.bincount(np.searchsorted(DECADES, kl, side="right"), minlength=len(DECADES) + 1)
+    return tuple(float(share) for share in counts / len(kl))
