@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,13 @@ def compressed(path: Path, libver: str | None = None) -> Path:
         file["scalar"] = np.float32(2.5)
         file["text"] = np.array([b"of no", b"concern"])
         chunked = file.create_group("chunked")
-        variants: dict[str, dict[str, Any]] = {
+        ways: dict[str, dict[str, Any]] = {
             "plain": {},
             "gzip": {"compression": "gzip"},
             "shuffle": {"shuffle": True},
             "both": {"compression": "gzip", "shuffle": True},
         }
-        for name, settings in variants.items():
+        for name, settings in ways.items():
             chunked.create_dataset(name, data=a, chunks=(3, 4), **settings)
         chunked.create_dataset(
             "growing", data=a, maxshape=(None, None), chunks=(16, 16), compression="gzip"
@@ -92,14 +93,14 @@ def keras2(path: Path, arrays: Arrays) -> Path:
         layer = file.create_group("model")
         names = []
         for name, array in arrays.items():
-            words = name.split(".")
-            if "layers" in words:
-                at = words.index("layers")
-                words[at : at + 2] = [f"layers_._{words[at + 1]}"]
-            if array.ndim == 2 and words[-2] != "embed_tokens":
+            words = re.sub(r"(layers?)\.(\d+)", r"\1_._\2", name).replace("_._", "@").split(".")
+            words = [word.replace("@", "_._") for word in words]
+            if array.ndim == 2 and "embed" not in words[-2]:
                 words[-1], array = "kernel", array.T
             elif array.ndim == 2:
                 words[-1] = "embeddings"
+            elif words[-2] == "LayerNorm":
+                words[-1] = {"weight": "gamma", "bias": "beta"}[words[-1]]
             full = "/".join(["tf_llama_for_causal_lm", *words]) + ":0"
             layer.create_dataset(full, data=array)
             names.append(full.encode())
@@ -109,6 +110,7 @@ def keras2(path: Path, arrays: Arrays) -> Path:
         layer.attrs["weight_names"] = names
         optimizer = file.create_group("optimizer_weights")
         optimizer["adam/iteration:0"] = np.int64(3)
+        optimizer.create_dataset("adam/m/" + full, data=array)
     return path
 
 
@@ -152,8 +154,7 @@ def keras3_gemma(path: Path, arrays: Arrays, spec: ModelSpec) -> Path:
     d, hd = spec.d_model, spec.head_dim
 
     def heads_first(w: NDArray[np.float32]) -> NDArray[np.float32]:
-        turned: NDArray[np.float32] = w.reshape(-1, hd, d).transpose(0, 2, 1)
-        return turned
+        return np.asarray(w.reshape(-1, hd, d).transpose(0, 2, 1))
 
     with h5py.File(path, "w") as file:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import make_hdf5
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from flashlite.checkpoint.hdf5_write import write_hdf5
 from flashlite.checkpoint.open import open_checkpoint
 from flashlite.errors import CheckpointError, UnsupportedModel
-from flashlite.model.families import describe
-from flashlite.model.source import SourceModel
+from flashlite.model.families import describe, describe_any
+from flashlite.model.source import EncoderSource, SourceModel
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
 CASES = sorted(folder.name for folder in FAMILIES.iterdir())
@@ -36,7 +38,7 @@ def assert_same(found: SourceModel, expected: SourceModel) -> None:
         assert a.tobytes() == b.tobytes(), name
 
 
-def export(source: SourceModel, path: Path) -> Path:
+def export(source: SourceModel | EncoderSource, path: Path) -> Path:
     write_hdf5(
         path,
         source.spec.shapes(),
@@ -185,10 +187,80 @@ def test_a_kernel_that_could_be_turned_two_ways_is_refused(tmp_path: Path) -> No
     assert _axes((16, 16), (16, 16), True) == (1, 0)
 
 
+# ---- encoders ----
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A folder with a random BERT of two layers."""
+    d, ff = 16, 32
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (50, d),
+        "embeddings.position_embeddings.weight": (24, d),
+        "embeddings.token_type_embeddings.weight": (2, d),
+        "embeddings.LayerNorm.weight": (d,),
+        "embeddings.LayerNorm.bias": (d,),
+        "pooler.dense.weight": (d, d),
+    }
+    for i in range(2):
+        for name, out, wide in (
+            ("attention.self.query", d, d),
+            ("attention.self.key", d, d),
+            ("attention.self.value", d, d),
+            ("attention.output.dense", d, d),
+            ("intermediate.dense", ff, d),
+            ("output.dense", d, ff),
+        ):
+            shapes[f"encoder.layer.{i}.{name}.weight"] = (out, wide)
+            shapes[f"encoder.layer.{i}.{name}.bias"] = (out,)
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes |= {f"encoder.layer.{i}.{name}.{kind}": (d,) for kind in ("weight", "bias")}
+    rng = np.random.default_rng(2)
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    save_file(
+        {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()},
+        folder / "model.safetensors",
+    )
+    config = {
+        "model_type": "bert", "hidden_size": d, "num_attention_heads": 4, "num_hidden_layers": 2,
+        "intermediate_size": ff,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def assert_same_encoder(path: Path, folder: Path, like: str | None) -> None:
+    found = describe_any(open_checkpoint(path, like=like))
+    expected = describe_any(open_checkpoint(folder))
+    assert found.spec == expected.spec
+    for name, _ in expected.spec.shapes():
+        assert found.tensor(name).tobytes() == expected.tensor(name).tobytes(), name
+
+
+def test_an_export_of_an_encoder(bert: Path, tmp_path: Path) -> None:
+    path = export(describe_any(open_checkpoint(bert)), tmp_path / "base_fp32.h5")
+    assert_same_encoder(path, bert, None)
+    with pytest.raises(UnsupportedModel, match="it makes vectors, not text"):
+        describe(open_checkpoint(path))
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_an_encoder_by_names(prefix: str, bert: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(bert)
+    arrays = {prefix + name: checkpoint.tensor(name) for name in checkpoint.tensors}
+    for path in (
+        make_hdf5.plain(tmp_path / "plain.h5", arrays, groups=True),
+        make_hdf5.keras2(tmp_path / "tf_model.h5", arrays),
+    ):
+        assert_same_encoder(path, bert, str(bert))
+
+
 def test_a_broken_description_is_one_line(tmp_path: Path) -> None:
     spec = make_hdf5.SPEC.to_json()
     for changes, said in (
         ({"n_layers": 0}, "n_layers is 0, allowed 1"),
+        ({"family": "qwen2"}, "another architecture than it names"),
         ({"n_layers": 3}, "layers.2.attn_norm is missing"),
         ({"d_model": 20}, "wrong shape"),
         ({"colour": "red"}, "unknown model keys"),

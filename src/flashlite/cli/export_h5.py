@@ -51,7 +51,7 @@ def command(
     from flashlite.checkpoint.hdf5_write import write_hdf5
     from flashlite.checkpoint.open import open_checkpoint
     from flashlite.checkpoint.pull import pull
-    from flashlite.model.families import describe
+    from flashlite.model.families import describe_any
 
     with options.stages() as progress:
         pulled = pull(
@@ -64,7 +64,7 @@ def command(
         if path.is_dir() or (path.exists() and not force):
             raise UsageError(f"{path} is there already; give --force to replace it, or another -o")
         checkpoint = open_checkpoint(pulled.path, like=like)
-        source = describe(checkpoint)
+        source = describe_any(checkpoint)
         size = write_hdf5(
             path,
             source.spec.shapes(),

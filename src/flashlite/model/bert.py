@@ -11,7 +11,7 @@ from flashlite.model.encoder import MAX_TEXT, EncoderSpec
 from flashlite.model.fields import Fields
 from flashlite.model.source import EncoderSource, connect_encoder
 
-__all__ = ["BERT_NAMES", "describe_encoder"]
+__all__ = ["BERT_INERT", "BERT_NAMES", "describe_encoder"]
 
 _LAYER = {
     "q": "attention.self.query",
@@ -34,7 +34,7 @@ BERT_NAMES: Mapping[str, str] = {
 }
 _PREFIX = "bert."  # of the encoder inside a model with heads
 # The tensors of heads that vectors do not pass through, and a buffer of numbers 0, 1, 2 ...
-_INERT = ("pooler.", "cls.", "embeddings.position_ids")
+BERT_INERT = ("pooler.", "cls.", "embeddings.position_ids")
 
 
 def describe_encoder(checkpoint: Checkpoint) -> EncoderSource:
@@ -59,7 +59,7 @@ def describe_encoder(checkpoint: Checkpoint) -> EncoderSource:
     except ArtifactError as error:
         raise CheckpointError(str(error), path=checkpoint.path) from None
     known = frozenset(
-        name for name in checkpoint.tensors if name.removeprefix(prefix).startswith(_INERT)
+        name for name in checkpoint.tensors if name.removeprefix(prefix).startswith(BERT_INERT)
     )
     return connect_encoder(checkpoint, spec, names, known=known)
 

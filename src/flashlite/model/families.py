@@ -10,7 +10,7 @@ from flashlite.model.bert import describe_encoder
 from flashlite.model.family import GGUF_NAMES, Family
 from flashlite.model.fields import Fields
 from flashlite.model.gemma3 import GEMMA3
-from flashlite.model.hdf5 import describe_like, describe_own
+from flashlite.model.hdf5 import describe_encoder_like, describe_like, describe_own
 from flashlite.model.llama import LLAMA
 from flashlite.model.qwen2 import QWEN2
 from flashlite.model.qwen3 import QWEN3
@@ -33,8 +33,10 @@ def describe(checkpoint: Checkpoint) -> SourceModel:
     if checkpoint.like is not None:
         spec = describe(checkpoint.like).spec
         return describe_like(checkpoint, spec, FAMILIES[spec.family])
-    if checkpoint.format == "hdf5":
-        return describe_own(checkpoint)
+    if checkpoint.format == "hdf5" and checkpoint.architecture not in ENCODERS:
+        found = describe_own(checkpoint)
+        if isinstance(found, SourceModel):
+            return found
     family = _family(checkpoint)
     gguf = checkpoint.format == "gguf"
     prefix = f"{checkpoint.architecture}." if gguf else ""
@@ -68,6 +70,10 @@ def describe_any(checkpoint: Checkpoint) -> SourceModel | EncoderSource:
         UnsupportedModel, CheckpointError: as `describe`.
     """
     if checkpoint.architecture in ENCODERS:
+        if checkpoint.like is not None:
+            return describe_encoder_like(checkpoint, describe_encoder(checkpoint.like).spec)
+        if checkpoint.format == "hdf5":
+            return describe_own(checkpoint)
         return describe_encoder(checkpoint)
     return describe(checkpoint)
 

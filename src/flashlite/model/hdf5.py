@@ -13,15 +13,23 @@ from collections.abc import Mapping
 from flashlite.checkpoint.base import Checkpoint
 from flashlite.checkpoint.hdf5_read import adopt
 from flashlite.errors import ArtifactError, CheckpointError, UnsupportedModel
+from flashlite.model.bert import BERT_INERT, BERT_NAMES
+from flashlite.model.encoder import EncoderSpec, Spec, spec_from_json
 from flashlite.model.family import GGUF_NAMES, Family
 from flashlite.model.keras_names import match_keras
-from flashlite.model.source import SourceModel, connect, stored_name
+from flashlite.model.source import (
+    EncoderSource,
+    SourceModel,
+    connect,
+    connect_encoder,
+    stored_name,
+)
 from flashlite.model.spec import ModelSpec
 
-__all__ = ["describe_like", "describe_own"]
+__all__ = ["describe_encoder_like", "describe_like", "describe_own"]
 
 
-def describe_own(checkpoint: Checkpoint) -> SourceModel:
+def describe_own(checkpoint: Checkpoint) -> SourceModel | EncoderSource:
     """Describe a file by its own `model_config`.
 
     Raises:
@@ -36,9 +44,18 @@ def describe_own(checkpoint: Checkpoint) -> SourceModel:
             path=checkpoint.path,
         )
     try:
-        described = ModelSpec.from_json(spec)
+        described = spec_from_json(spec)
     except ArtifactError as error:
         raise CheckpointError(f"model_config: {error}", path=checkpoint.path) from None
+    if described.family != checkpoint.architecture:
+        raise CheckpointError(
+            "model_config describes another architecture than it names",
+            path=checkpoint.path,
+            value=described.family,
+            limit=checkpoint.architecture,
+        )
+    if isinstance(described, EncoderSpec):
+        return connect_encoder(checkpoint, described, _canonical(described))
     return connect(checkpoint, described, _canonical(described))
 
 
@@ -61,8 +78,8 @@ def describe_like(checkpoint: Checkpoint, spec: ModelSpec, family: Family) -> So
     if spec.tied_head:
         inert.add(family.hf_names["head"])
     if family.hf_names["embed"] not in checkpoint.tensors:
-        wanted = {stored_name(name, family.hf_names)[0]: shape for name, shape in spec.shapes()}
-        checkpoint = adopt(checkpoint, match_keras(checkpoint, wanted))
+        other = frozenset({"lm_head", "inv_freq"} if spec.tied_head else {"inv_freq"})
+        checkpoint = _of_keras(checkpoint, spec, family.hf_names, other)
     return connect(
         checkpoint,
         spec,
@@ -72,7 +89,35 @@ def describe_like(checkpoint: Checkpoint, spec: ModelSpec, family: Family) -> So
     )
 
 
-def _canonical(spec: ModelSpec) -> dict[str, str]:
+def describe_encoder_like(checkpoint: Checkpoint, spec: EncoderSpec) -> EncoderSource:
+    """Describe a file as the encoder that `spec` describes, whatever its tensors are called.
+
+    Raises:
+        UnsupportedModel, CheckpointError: as `describe_like`.
+    """
+    if "embed" in checkpoint.tensors:
+        return connect_encoder(checkpoint, spec, _canonical(spec))
+    prefix = next((p for p in ("", "bert.") if p + BERT_NAMES["embed"] in checkpoint.tensors), None)
+    if prefix is None:
+        other = frozenset({"pooler", "cls", "mlm", "nsp", "position_ids"})
+        found = _of_keras(checkpoint, spec, BERT_NAMES, other)
+        return connect_encoder(found, spec, BERT_NAMES)
+    names = {canonical: prefix + name for canonical, name in BERT_NAMES.items()}
+    known = frozenset(
+        name for name in checkpoint.tensors if name.removeprefix(prefix).startswith(BERT_INERT)
+    )
+    return connect_encoder(checkpoint, spec, names, known=known)
+
+
+def _of_keras(
+    checkpoint: Checkpoint, spec: Spec, names: Mapping[str, str], other: frozenset[str]
+) -> Checkpoint:
+    """The file with the tensors of a model of Hugging Face."""
+    wanted = {stored_name(name, names)[0]: shape for name, shape in spec.shapes()}
+    return adopt(checkpoint, match_keras(checkpoint, wanted, other))
+
+
+def _canonical(spec: Spec) -> dict[str, str]:
     """Every name as itself, in the form `connect` reads."""
     names = {}
     for name, _ in spec.shapes():

@@ -61,19 +61,20 @@ _LEAVES = {
     "beta": "bias",
 }
 # State of training, beside the weights.
-_OTHER = frozenset(
+_TRAINING = frozenset(
     ("optimizer", "optimizer_weights", "seed_generator", "metrics", "loss_tracker", "random_state")
 )
 
 
 def match_keras(
-    checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], other: frozenset[str]
 ) -> dict[str, Adopted]:
     """Find the tensors of a model among the variables of a Keras file.
 
     Args:
         checkpoint: the file.
         wanted: the names and shapes of the model's tensors, as Hugging Face has them.
+        other: words in the names of variables that the model does not read.
 
     Raises:
         UnsupportedModel: a variable is no tensor of the model.
@@ -83,11 +84,16 @@ def match_keras(
     keys = {tuple(name.removeprefix("model.").split(".")): name for name in wanted}
     found: dict[str, Adopted] = {}
     for stored, info in checkpoint.tensors.items():
-        parts, kernel = _translate(stored, info.shape)
-        name = next((keys[parts[i:]] for i in range(len(parts)) if parts[i:] in keys), None)
+        words = stored.replace("_._", ".").removesuffix(":0").split(".")
+        if _TRAINING & set(words):
+            continue
+        parts, kernel = _leaf(words)
+        name = _ending(parts, keys)
         if name is None:
-            # A tied head that was written all the same, state of training, tables of angles.
-            if parts[-2:-1] == ("lm_head",) or parts[-1] == "inv_freq" or _OTHER & set(parts):
+            parts, kernel = _leaf(_in_other_words(words))
+            name = _ending(parts, keys)
+        if name is None:
+            if other & set(parts):
                 continue
             if parts[-1] == "bias" and not checkpoint.tensor(stored).any():
                 continue  # some exporters write them
@@ -111,10 +117,14 @@ def match_keras(
     return found
 
 
-def _translate(stored: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], bool]:
-    """A variable's name in Hugging Face's words, and whether it is stored inputs first."""
+def _ending(parts: tuple[str, ...], keys: Mapping[tuple[str, ...], str]) -> str | None:
+    """What the longest end of a name stands for."""
+    return next((keys[parts[i:]] for i in range(len(parts)) if parts[i:] in keys), None)
+
+
+def _in_other_words(words: list[str]) -> list[str]:
+    """KerasHub's words for a layer in those of Hugging Face."""
     parts: list[str] = []
-    words = stored.replace("_._", ".").removesuffix(":0").split(".")
     for position, word in enumerate(words):
         plain = word.lstrip("_")
         if plain in _PARTS:
@@ -125,6 +135,12 @@ def _translate(stored: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], bo
             parts.append("norm")
         else:
             parts.append(word)
+    return parts
+
+
+def _leaf(words: list[str]) -> tuple[tuple[str, ...], bool]:
+    """A name with Hugging Face's last word, and whether the variable is stored inputs first."""
+    parts = list(words)
     if len(parts) < 2:
         return tuple(parts), False
     owner, leaf = parts[-2], parts[-1]
@@ -136,7 +152,7 @@ def _translate(stored: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], bo
         parts[-2:] = [leaf]
     if leaf == "reverse_embeddings":
         return (*parts[:-2], "lm_head", "weight"), True
-    return (*parts[:-1], _LEAVES.get(leaf, leaf)), leaf == "kernel" and len(shape) > 1
+    return (*parts[:-1], _LEAVES.get(leaf, leaf)), leaf == "kernel"
 
 
 def _axes(shape: tuple[int, ...], wanted: tuple[int, ...], kernel: bool) -> tuple[int, ...] | None:
