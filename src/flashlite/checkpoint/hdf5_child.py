@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["describe", "main"]
+__all__ = ["describe", "examine", "main"]
 
 MAX_OBJECTS = 1 << 17
 MAX_CHUNKS = 1 << 18
@@ -48,30 +49,35 @@ class _Refused(Exception):
 def main() -> int:
     """Describe the file named on the command line; the status is not 0 if the limits struck."""
     path = os.fsencode(sys.argv[1])
-    try:
-        reply = describe(path)
-    except _Refused as error:
-        reply = {"error": str(error)}
-    except MemoryError:
-        reply = {"error": "needs too much memory to be read"}
-    except Exception as error:  # whatever the library raises, it is the file's fault
-        reply = {"error": f"is refused by the HDF5 library: {error}"}
-    sys.stdout.write(json.dumps(reply))
+    import h5py
+
+    _limit()
+    sys.stdout.write(json.dumps(examine(path, h5py, _open_nothing_more)))
     return 0
 
 
-def describe(path: bytes) -> dict[str, Any]:
-    """Where every dataset of a file lies, and its `model_config`.
+def examine(path: bytes, h5py: Any, opened: Callable[[], None]) -> dict[str, Any]:
+    """What `describe` says of a file, or why it is refused, as `error`.
 
-    Sets limits on this process that cannot be lifted.
+    Args:
+        path: the file.
+        h5py: the library.
+        opened: called once the file is open.
     """
-    import h5py
+    try:
+        file = h5py.h5f.open(path, h5py.h5f.ACC_RDONLY)
+        opened()
+        return describe(file, h5py)
+    except _Refused as error:
+        return {"error": str(error)}
+    except MemoryError:
+        return {"error": "needs too much memory to be read"}
+    except Exception as error:  # whatever the library raises, it is the file's fault
+        return {"error": f"is refused by the HDF5 library: {error}"}
 
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    _limit()
-    file = h5py.h5f.open(path, h5py.h5f.ACC_RDONLY, access)
-    _open_nothing_more()
+
+def describe(file: Any, h5py: Any) -> dict[str, Any]:
+    """Where every dataset of an open file lies, and its `model_config`."""
     if file.get_create_plist().get_userblock():
         raise _Refused("begins with a user block")
     return _Walk(h5py).run(file)
@@ -141,7 +147,7 @@ class _Walk:
                 text = name.decode()
             except UnicodeDecodeError:
                 text = ""
-            if not 0 < len(name) <= _MAX_NAME or not text.isprintable():
+            if not text or len(name) > _MAX_NAME or not text.isprintable():
                 raise _Refused(f"has an object with an impossible name in {_shown(prefix)}")
         return names
 

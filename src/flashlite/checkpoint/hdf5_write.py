@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,7 +48,7 @@ def write_hdf5(
         spec: its description, as JSON.
         tokenizer: its tokenizer and chat template.
         licence: of the weights.
-        progress: called with (bytes written, bytes in all).
+        progress: called with (bytes of tensors written, bytes of tensors in all).
 
     Raises:
         MissingExtra: h5py is not installed.
@@ -71,14 +72,14 @@ def write_hdf5(
             for name, text in texts.items():
                 file.seek(places[name])
                 file.write(text)
-            done = 0
+            done, total = 0, sum(4 * prod(shape) for _, shape in shapes)
             for name, shape in shapes:
                 values = np.ascontiguousarray(tensor(name), dtype="<f4").reshape(shape)
                 file.seek(places[name])
                 file.write(values.data.cast("B"))
                 done += values.nbytes
                 if progress is not None:
-                    progress(done, size)
+                    progress(done, total)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
