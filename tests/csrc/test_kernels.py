@@ -240,7 +240,7 @@ def ranges(rng: np.random.Generator, n: int, tokens: int) -> tuple[h.I32, h.I32]
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_attend_equals_plain(kernels: h.Kernels, plain: h.Kernels, head_dim: int) -> None:
     rng = np.random.default_rng(head_dim)
-    for tokens, n in ((1, 1), (33, 3), (64, 5), (150, 7), (300, 32)):
+    for tokens, n in ((1, 1), (33, 3), (64, 5), (150, 7), (300, 32), (1100, 9)):
         pages, _, _ = fill_pages(plain, rng, tokens, head_dim)
         q = rng.normal(0, 4 * head_dim**-0.5, (n, head_dim)).astype(np.float32)
         first, last = ranges(rng, n, tokens)
@@ -275,7 +275,7 @@ def check_attention(
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_attend_agrees_with_float64(any_kernels: h.Kernels, head_dim: int) -> None:
     rng = np.random.default_rng(head_dim)
-    for tokens, n in ((1, 1), (5, 2), (33, 3), (64, 4), (150, 7), (200, 32)):
+    for tokens, n in ((1, 1), (5, 2), (33, 3), (64, 4), (150, 7), (200, 32), (1100, 6)):
         pages, _, _ = fill_pages(any_kernels, rng, tokens, head_dim)
         q = rng.normal(0, 2 * head_dim**-0.5, (n, head_dim)).astype(np.float32)
         k, v = pages.dequantize()

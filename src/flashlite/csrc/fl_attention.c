@@ -1,17 +1,15 @@
 /* flashlite: attention of a step's tokens over the pages of their own sequences.
  *
- * A head answers for positions [0, FL_SEGMENT), [FL_SEGMENT, 2 FL_SEGMENT) ... apart, as far as a
- * token sees them, and the answers are joined in this order, each by its share of the softmax's sum.
- * That makes what one token of a long text asks for divisible: with three KV heads and two threads,
+ * A head answers for segments of positions apart, and the answers are joined (fl_segment.h). That
+ * makes what one token of a long text asks for divisible: with three KV heads and two threads,
  * one of them would have two heads to do. A step of few tokens shares out segments, and joins them
  * behind a barrier; one of many shares out runs of tokens. Both do the same arithmetic.
  */
 #include <string.h>
 
-#include "fl_math.h"
+#include "fl_segment.h"
 #include "fl_share.h"
 
-#define FL_SEGMENT 512 /* positions, whole pages */
 /* Pages that the tokens of one call of a streaming head see. */
 #define FL_STREAM_PAGES (FL_STREAM_TOKENS / FL_PAGE_TOKENS + 4)
 
@@ -58,33 +56,15 @@ static void open_run(const fl_thread *t, fl_run *run, const fl_heads *heads, int
     run->n = n;
 }
 
-/* Answers of all rows over one segment -> t->answers, mass. */
-static void attend_segment(fl_thread *t, const fl_run *run, int32_t segment, fl_mass *mass) {
+/* The queries of a run -> t->queries. */
+static void gather_queries(fl_thread *t, const fl_run *run) {
     const fl_engine *e = t->engine;
-    int32_t hd = FL_MODEL.head_dim, begin = segment * FL_SEGMENT, end = begin + FL_SEGMENT - 1,
-            n = 0;
-    int32_t first[FL_MAX_QUERIES], last[FL_MAX_QUERIES];
+    size_t hd = (size_t)FL_MODEL.head_dim, n = 0;
     for (int32_t i = run->i0; i < run->i1; i++) {
         const float *q = e->qkv + (size_t)i * (size_t)e->sizes.qkv_stride;
-        for (int32_t h = run->h0; h < run->h1; h++, n++) {
-            memcpy(t->queries + (size_t)n * (size_t)hd, q + h * hd, (size_t)hd * sizeof(float));
-            first[n] = run->first[n] > begin ? run->first[n] : begin;
-            last[n] = run->last[n] < end ? run->last[n] : end;
-        }
+        for (int32_t h = run->h0; h < run->h1; h++, n++)
+            memcpy(t->queries + n * hd, q + (size_t)h * hd, hd * sizeof(float));
     }
-    e->kernels->attend(t->answers, mass, &run->kv, n, t->queries, first, last, t->attend);
-}
-
-/* Join the answer of one more segment to those before. */
-static void join(float *restrict answer, fl_mass *mass, const float *restrict more,
-                 const fl_mass *by) {
-    float max = by->max > mass->max ? by->max : mass->max;
-    float a = mass->sum * (mass->max < max ? fl_exp2(mass->max - max) : 1.0f);
-    float b = by->sum * (by->max < max ? fl_exp2(by->max - max) : 1.0f), sum = a + b;
-    *mass = (fl_mass){.max = max, .sum = sum};
-    a /= sum;
-    b /= sum;
-    for (int32_t c = 0; c < FL_MODEL.head_dim; c++) answer[c] = answer[c] * a + more[c] * b;
 }
 
 /* Where the answer of token i and query head h goes. */
@@ -94,23 +74,13 @@ static float *answer_of(const fl_engine *e, int32_t i, int32_t h) {
 
 /* All segments of a run, one after the other. */
 static void attend_run(fl_thread *t, const fl_run *run) {
-    int32_t hd = FL_MODEL.head_dim, begin = run->first[0], end = run->last[run->n - 1];
-    fl_mass total[FL_MAX_QUERIES], mass[FL_MAX_QUERIES];
-    for (int32_t s = begin / FL_SEGMENT, n = 0; s <= end / FL_SEGMENT; s++, n = 0) {
-        attend_segment(t, run, s, mass);
-        for (int32_t i = run->i0; i < run->i1; i++) {
-            for (int32_t h = run->h0; h < run->h1; h++, n++) {
-                const float *more = t->answers + (size_t)n * (size_t)hd;
-                float *answer = answer_of(t->engine, i, h);
-                if (s == run->first[n] / FL_SEGMENT) {
-                    memcpy(answer, more, (size_t)hd * sizeof(float));
-                    total[n] = mass[n];
-                } else if (s > run->first[n] / FL_SEGMENT && s <= run->last[n] / FL_SEGMENT) {
-                    join(answer, &total[n], more, &mass[n]);
-                }
-            }
-        }
-    }
+    size_t hd = (size_t)FL_MODEL.head_dim, n = 0;
+    gather_queries(t, run);
+    t->engine->kernels->attend(t->answers, NULL, &run->kv, run->n, t->queries, run->first,
+                               run->last, t->attend);
+    for (int32_t i = run->i0; i < run->i1; i++)
+        for (int32_t h = run->h0; h < run->h1; h++, n++)
+            memcpy(answer_of(t->engine, i, h), t->answers + n * hd, hd * sizeof(float));
 }
 
 /* The end of the tokens from i0 on that one run may take: of one sequence, `most` at most, which see
@@ -180,33 +150,48 @@ static uint32_t take_turn(uint32_t *loads, uint32_t threads, int32_t pages) {
     return least;
 }
 
-/* Every segment by itself: one token, up to FL_MAX_QUERIES heads. */
+/* One segment of a run of one token -> its parts. The first row speaks for all: they see the same. */
+static void attend_part(fl_thread *t, const fl_run *run, const fl_parts *p, int32_t segment) {
+    int32_t hd = FL_MODEL.head_dim, begin = segment * FL_SEGMENT, end = begin + FL_SEGMENT - 1;
+    int32_t first[FL_MAX_QUERIES], last[FL_MAX_QUERIES];
+    fl_mass mass[FL_MAX_QUERIES];
+    for (int32_t k = 0; k < run->n; k++) {
+        first[k] = run->first[0] > begin ? run->first[0] : begin;
+        last[k] = run->last[0] < end ? run->last[0] : end;
+    }
+    gather_queries(t, run);
+    t->engine->kernels->attend(t->answers, mass, &run->kv, run->n, t->queries, first, last,
+                               t->attend);
+    for (int32_t k = 0; k < run->n; k++) {
+        float *part = part_of(t->engine, p, run->i0, run->h0 + k, segment);
+        memcpy(part, t->answers + k * hd, (size_t)hd * sizeof(float));
+        part[hd] = mass[k].max;
+        part[hd + 1] = mass[k].sum;
+    }
+}
+
+/* Pages of a segment that positions [first, last] reach. */
+static int32_t pages_in(int32_t first, int32_t last, int32_t segment) {
+    int32_t begin = segment * FL_SEGMENT, end = begin + FL_SEGMENT - 1;
+    return (last < end ? last : end) / FL_PAGE_TOKENS -
+           (first > begin ? first : begin) / FL_PAGE_TOKENS + 1;
+}
+
+/* Every segment by itself, to whoever has least to do. */
 static void attend_parts(fl_thread *t, const fl_heads *heads, int32_t window, const fl_parts *p) {
-    const fl_engine *e = t->engine;
-    int32_t hd = FL_MODEL.head_dim, n = n_tokens(t), h0 = 0;
+    int32_t h0 = 0;
     uint32_t loads[FL_MAX_THREADS] = {0};
     for (int32_t head = 0; head < heads->kv_heads; h0 += heads->queries[head++]) {
-        for (int32_t i = 0; i < n; i++) {
-            for (int32_t h = 0, more; h < heads->queries[head]; h += more) {
-                more = heads->queries[head] - h;
-                if (more > FL_MAX_QUERIES) more = FL_MAX_QUERIES;
+        for (int32_t i = 0; i < n_tokens(t); i++) {
+            for (int32_t h = 0, n; h < heads->queries[head]; h += n) {
                 fl_run run;
-                open_run(t, &run, heads, window, head, i, i + 1, h0 + h, h0 + h + more);
+                n = heads->queries[head] - h;
+                if (n > FL_MAX_QUERIES) n = FL_MAX_QUERIES;
+                open_run(t, &run, heads, window, head, i, i + 1, h0 + h, h0 + h + n);
                 int32_t first = run.first[0], last = run.last[0];
-                for (int32_t s = first / FL_SEGMENT; s <= last / FL_SEGMENT; s++) {
-                    int32_t begin = s * FL_SEGMENT, end = begin + FL_SEGMENT - 1;
-                    int32_t page0 = (first > begin ? first : begin) / FL_PAGE_TOKENS;
-                    int32_t page1 = (last < end ? last : end) / FL_PAGE_TOKENS;
-                    if (take_turn(loads, e->active, page1 - page0 + 1) != t->id) continue;
-                    fl_mass mass[FL_MAX_QUERIES];
-                    attend_segment(t, &run, s, mass);
-                    for (int32_t k = 0; k < run.n; k++) {
-                        float *part = part_of(e, p, i, run.h0 + k, s);
-                        memcpy(part, t->answers + k * hd, (size_t)hd * sizeof(float));
-                        part[hd] = mass[k].max;
-                        part[hd + 1] = mass[k].sum;
-                    }
-                }
+                for (int32_t s = first / FL_SEGMENT; s <= last / FL_SEGMENT; s++)
+                    if (take_turn(loads, t->engine->active, pages_in(first, last, s)) == t->id)
+                        attend_part(t, &run, p, s);
             }
         }
     }
@@ -214,25 +199,20 @@ static void attend_parts(fl_thread *t, const fl_heads *heads, int32_t window, co
 
 static void join_parts(fl_thread *t, const fl_heads *heads, int32_t window, const fl_parts *p) {
     const fl_engine *e = t->engine;
-    int32_t hd = FL_MODEL.head_dim, n = n_tokens(t), h0 = 0, turn = 0;
-    fl_span mine = share(t, n * (e->sizes.q_cols / hd));
+    int32_t hd = FL_MODEL.head_dim, h0 = 0, turn = 0;
+    fl_span mine = share(t, n_tokens(t) * (e->sizes.q_cols / hd));
     for (int32_t head = 0; head < heads->kv_heads; h0 += heads->queries[head++]) {
-        for (int32_t i = 0; i < n; i++) {
+        for (int32_t i = 0; i < n_tokens(t); i++) {
             fl_run run;
             open_run(t, &run, heads, window, head, i, i + 1, h0, h0 + 1);
+            int32_t first = run.first[0], last = run.last[0];
             for (int32_t h = h0; h < h0 + heads->queries[head]; h++, turn++) {
                 if (turn < mine.first || turn >= mine.last) continue;
-                float *answer = answer_of(e, i, h);
                 fl_mass total = {0};
-                for (int32_t s = run.first[0] / FL_SEGMENT; s <= run.last[0] / FL_SEGMENT; s++) {
+                for (int32_t s = first / FL_SEGMENT; s <= last / FL_SEGMENT; s++) {
                     const float *part = part_of(e, p, i, h, s);
                     fl_mass mass = {.max = part[hd], .sum = part[hd + 1]};
-                    if (s == run.first[0] / FL_SEGMENT) {
-                        memcpy(answer, part, (size_t)hd * sizeof(float));
-                        total = mass;
-                    } else {
-                        join(answer, &total, part, &mass);
-                    }
+                    fl_take_segment(answer_of(e, i, h), &total, part, mass, hd, first, last, s);
                 }
             }
         }

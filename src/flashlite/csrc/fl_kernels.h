@@ -38,6 +38,7 @@
 #define FL_TILE 6 /* tokens that are packed side by side when a step has more than one, */
 #define FL_TALL_TILE 16 /* or, where the kernels multiply by tall tiles, below each other */
 #define FL_MAX_QUERIES 32 /* query rows of one attend call */
+#define FL_SEGMENT 512 /* positions that attention answers apart; whole pages */
 #define FL_ALIGN 64
 
 typedef enum { FL_Q8 = 0, FL_Q4 = 1, FL_Q4M = 2, FL_Q5 = 3, FL_Q6 = 4 } fl_format;
@@ -146,8 +147,10 @@ typedef struct {
      * the probabilities times the scales of the values, 0 where a query sees no token, are quantized
      * like one group of activations, whose product with the codes of V, D, makes
      *   out = fma(out, factor, (float)D * scale).
-     * Pages are visited in rising order with a running maximum, which the factor follows.
-     * mass[i], unless mass is NULL: that maximum and sum, so that parts can be joined.
+     * Pages are visited in rising order with a running maximum, which the factor follows. Segments
+     * of FL_SEGMENT positions are answered apart, each with a maximum of its own, and their answers
+     * joined in rising order (fl_segment.h): so a caller may ask for them one by one.
+     * mass[i], unless mass is NULL: what the answer's softmax was divided by.
      * `scratch`: FL_ATTEND_BYTES(head_dim), 64-byte aligned. */
     void (*attend)(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
                    const int32_t *first, const int32_t *last, void *scratch);

@@ -14,8 +14,7 @@
  */
 #include <immintrin.h>
 
-#include "fl_kernels.h"
-#include "fl_math.h"
+#include "fl_segment.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -805,19 +804,42 @@ static void combine_page(const attention *a, const page_view *page, span seen) {
     }
 }
 
+/* Nothing seen yet: of a new segment. */
+static void begin_segment(const attention *a) {
+    memset(a->acc, 0, (size_t)a->n * a->dim * sizeof *a->acc);
+    memset(a->lanes, 0, (size_t)a->n * 16 * sizeof *a->lanes);
+    for (int32_t i = 0; i < a->n; i++) a->m[i] = -FLT_MAX;
+}
+
+/* Answers of a whole segment -> out, mass. */
+static void end_segment(const attention *a, float *out, fl_mass *mass, const int32_t *first,
+                        const int32_t *last, int32_t segment) {
+    for (int32_t i = 0; i < a->n; i++, out += a->head_dim) {
+        float *acc = a->acc + (size_t)i * a->dim;
+        fl_mass by = {.max = a->m[i], .sum = fl_fold(a->lanes + i * 16)};
+        for (int32_t c = 0; c < a->head_dim; c++) acc[c] /= by.sum;
+        fl_take_segment(out, &mass[i], acc, by, a->head_dim, first[i], last[i], segment);
+    }
+}
+
 static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
                    const int32_t *first, const int32_t *last, void *scratch) {
     attention a = lay_out(scratch, n_q, kv->head_dim);
+    fl_mass total[FL_MAX_QUERIES];
+    const int32_t pages = FL_SEGMENT / 32; /* of a segment */
     int32_t page0 = INT32_MAX, page1 = -1;
-    memset(a.acc, 0, (size_t)n_q * a.dim * sizeof *a.acc);
-    memset(a.lanes, 0, (size_t)n_q * 16 * sizeof *a.lanes);
     for (int32_t i = 0; i < n_q; i++) {
-        quantize(&a.q, i, 0, a.groups, q + (size_t)i * (size_t)kv->head_dim, kv->head_dim);
-        a.m[i] = -FLT_MAX;
-        if (first[i] > last[i]) continue;
+        size_t at = (size_t)i * (size_t)kv->head_dim;
+        quantize(&a.q, i, 0, a.groups, q + at, kv->head_dim);
+        total[i] = (fl_mass){.max = -FLT_MAX};
+        if (first[i] > last[i]) { /* a query that sees nothing gets 0 */
+            memset(out + at, 0, (size_t)kv->head_dim * sizeof *out);
+            continue;
+        }
         page0 = first[i] / 32 < page0 ? first[i] / 32 : page0;
         page1 = last[i] / 32 > page1 ? last[i] / 32 : page1;
     }
+    begin_segment(&a);
     for (int32_t p = page0; p <= page1; p++) {
         span seen = {32, -1}; /* by any query */
         for (int32_t i = 0; i < n_q; i++) {
@@ -826,20 +848,17 @@ static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, cons
             seen.low = s.low < seen.low ? s.low : seen.low;
             seen.high = s.high > seen.high ? s.high : seen.high;
         }
-        if (seen.low > seen.high) continue;
-        page_view page = view_page(kv, p);
-        score_page(&a, &page);
-        for (int32_t i = 0; i < n_q; i++) softmax_page(&a, i, clip(first[i], last[i], p));
-        combine_page(&a, &page, seen);
+        if (seen.low <= seen.high) {
+            page_view page = view_page(kv, p);
+            score_page(&a, &page);
+            for (int32_t i = 0; i < n_q; i++) softmax_page(&a, i, clip(first[i], last[i], p));
+            combine_page(&a, &page, seen);
+        }
+        if (p < page1 && p % pages != pages - 1) continue;
+        end_segment(&a, out, total, first, last, p / pages);
+        if (p < page1) begin_segment(&a);
     }
-    for (int32_t i = 0; i < n_q; i++) {
-        const float *acc = a.acc + (size_t)i * a.dim;
-        float *to = out + (size_t)i * (size_t)kv->head_dim;
-        float sum = fl_fold(a.lanes + i * 16);
-        float total = first[i] > last[i] ? 1.0f : sum; /* a query that sees nothing gets 0 */
-        if (mass) mass[i] = (fl_mass){.max = a.m[i], .sum = sum};
-        for (int32_t c = 0; c < kv->head_dim; c++) to[c] = acc[c] / total;
-    }
+    if (mass) memcpy(mass, total, (size_t)n_q * sizeof *mass);
 }
 
 /* ---- rows of floats ---- */

@@ -10,8 +10,7 @@
  *
  * Functions with a constant argument (`format`, `n`) are inlined into one copy per value.
  */
-#include "fl_kernels.h"
-#include "fl_math.h"
+#include "fl_segment.h"
 
 #include <immintrin.h>
 
@@ -611,10 +610,7 @@ static attention open_attention(const float *q, int32_t n_q, int32_t head_dim, v
     a.codes = carve(&free, n * groups * 8, sizeof *a.codes);
     a.acc = carve(&free, n * groups * FL_GROUP, sizeof *a.acc);
     memset(a.k, 0, 32 * FL_GROUP);
-    memset(a.acc, 0, n * groups * FL_GROUP * sizeof *a.acc);
-    memset(a.lanes, 0, n * 16 * sizeof *a.lanes);
     for (size_t i = 0; i < n; i++, q += head_dim) {
-        a.m[i] = -FLT_MAX;
         for (size_t g = 0; g < groups; g++) {
             int32_t left = head_dim - (int32_t)g * FL_GROUP;
             size_t at = i * groups + g;
@@ -843,31 +839,54 @@ static void attend_page(attention *a, const fl_kv *kv, int32_t page_index, int32
     combine_page(a, n_q, &page, (size_t)kv->head_dim);
 }
 
+/* Nothing seen yet: of a new segment. */
+static void begin_segment(const attention *a, size_t n_q) {
+    memset(a->acc, 0, n_q * (size_t)a->groups * FL_GROUP * sizeof *a->acc);
+    memset(a->lanes, 0, n_q * 16 * sizeof *a->lanes);
+    for (size_t i = 0; i < n_q; i++) a->m[i] = -FLT_MAX;
+}
+
+/* Answers of a whole segment -> out, mass. */
+static void end_segment(const attention *a, float *out, fl_mass *mass, int32_t n_q,
+                        int32_t head_dim, const int32_t *first, const int32_t *last,
+                        int32_t segment) {
+    for (int32_t i = 0; i < n_q; i++, out += head_dim) {
+        float *acc = a->acc + (size_t)i * (size_t)a->groups * FL_GROUP;
+        fl_mass by = {.max = a->m[i], .sum = fl_fold(a->lanes + i * 16)};
+        for (int32_t c = 0; c < head_dim; c += 16) {
+            __m512 sum = _mm512_loadu_ps(acc + c);
+            _mm512_storeu_ps(acc + c, _mm512_div_ps(sum, _mm512_set1_ps(by.sum)));
+        }
+        fl_take_segment(out, &mass[i], acc, by, head_dim, first[i], last[i], segment);
+    }
+}
+
 static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
                    const int32_t *first, const int32_t *last, void *scratch) {
     attention a = open_attention(q, n_q, kv->head_dim, scratch);
+    fl_mass total[FL_MAX_QUERIES];
     int32_t begin = INT32_MAX, end = -1;
     for (int32_t i = 0; i < n_q; i++) {
-        if (first[i] > last[i]) continue;
+        total[i] = (fl_mass){.max = -FLT_MAX};
+        if (first[i] > last[i]) { /* a query that sees nothing gets 0 */
+            memset(out + (size_t)i * (size_t)kv->head_dim, 0, (size_t)kv->head_dim * sizeof *out);
+            continue;
+        }
         begin = first[i] < begin ? first[i] : begin;
         end = last[i] > end ? last[i] : end;
     }
+    const int32_t pages = FL_SEGMENT / 32; /* of a segment */
     size_t bytes = fl_kv_bytes(kv->head_dim, 0);
+    begin_segment(&a, (size_t)n_q);
     for (int32_t page = begin / 32; end >= 0 && page <= end / 32; page++) {
         a.left = 0;
         if (page < end / 32) look_ahead(&a, n_q, view_page(kv, page + 1).k, bytes);
         attend_page(&a, kv, page, n_q, first, last);
+        if (page < end / 32 && page % pages != pages - 1) continue;
+        end_segment(&a, out, total, n_q, kv->head_dim, first, last, page / pages);
+        if (page < end / 32) begin_segment(&a, (size_t)n_q);
     }
-    for (int32_t i = 0; i < n_q; i++, out += kv->head_dim) {
-        const float *acc = a.acc + (size_t)i * (size_t)a.groups * FL_GROUP;
-        float sum = fl_fold(a.lanes + i * 16);
-        float total = first[i] > last[i] ? 1.0f : sum; /* a query that sees nothing gets 0 */
-        if (mass) mass[i] = (fl_mass){.max = a.m[i], .sum = sum};
-        for (int32_t c = 0; c < kv->head_dim; c += 16) {
-            __m512 mean = _mm512_div_ps(_mm512_loadu_ps(acc + c), _mm512_set1_ps(total));
-            _mm512_mask_storeu_ps(out + c, lanes(kv->head_dim - c), mean);
-        }
-    }
+    if (mass) memcpy(mass, total, (size_t)n_q * sizeof *mass);
 }
 
 /* ---- whole rows ---- */

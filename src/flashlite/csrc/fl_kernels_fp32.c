@@ -1,8 +1,7 @@
 /* flashlite: the FP32 test build. The same packed weights, but activations, keys and values stay
  * floats, so that a compiled model can be compared with the FP32 reference without the noise of
  * INT8. Not for speed. */
-#include "fl_kernels.h"
-#include "fl_math.h"
+#include "fl_segment.h"
 
 /* "Quantizing" is a copy, zeros after the last column. */
 static void quantize(fl_act *act, int32_t t, int32_t group0, int32_t group1, const float *x,
@@ -81,13 +80,12 @@ static void store_kv(const fl_kv *kv, int32_t position, const float *k, const fl
     memcpy(page + dim * 32 + t * dim, v, dim * sizeof *v);
 }
 
-static void attend_one(float *out, fl_mass *mass, const fl_kv *kv, const float *q, int32_t first,
-                       int32_t last) {
+/* out, mass: of the positions [first, last], at least one, all of one segment. */
+static void attend_segment(float *out, fl_mass *mass, const fl_kv *kv, const float *q,
+                           int32_t first, int32_t last) {
     size_t dim = (size_t)kv->head_dim;
     float m = -FLT_MAX, lanes[16] = {0};
     memset(out, 0, dim * sizeof *out);
-    *mass = (fl_mass){.max = m};
-    if (first > last) return;
     for (int32_t p = first / 32; p <= last / 32; p++) {
         const float *keys = view_page(kv, p), *values = keys + dim * 32;
         int32_t low = first > p * 32 ? first - p * 32 : 0;
@@ -111,10 +109,18 @@ static void attend_one(float *out, fl_mass *mass, const fl_kv *kv, const float *
 
 static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
                    const int32_t *first, const int32_t *last, void *scratch) {
-    (void)scratch;
-    for (int32_t i = 0; i < n_q; i++, q += kv->head_dim, out += kv->head_dim) {
-        fl_mass own;
-        attend_one(out, mass ? mass + i : &own, kv, q, first[i], last[i]);
+    int32_t dim = kv->head_dim;
+    for (int32_t i = 0; i < n_q; i++, q += dim, out += dim) {
+        fl_mass total = {.max = -FLT_MAX}, part;
+        memset(out, 0, (size_t)dim * sizeof *out);
+        for (int32_t s = first[i] / FL_SEGMENT; first[i] <= last[i] && s <= last[i] / FL_SEGMENT;
+             s++) {
+            int32_t begin = s * FL_SEGMENT, end = begin + FL_SEGMENT - 1;
+            attend_segment(scratch, &part, kv, q, first[i] > begin ? first[i] : begin,
+                           last[i] < end ? last[i] : end);
+            fl_take_segment(out, &total, scratch, part, dim, first[i], last[i], s);
+        }
+        if (mass) mass[i] = total;
     }
 }
 

@@ -1,8 +1,7 @@
 /* flashlite: the kernels in plain C. The oracle of every other table, and the fallback where no
  * vector kernels exist. Inner loops run over 16 rows, 32 tokens or whole rows, which compilers
  * turn into vectors; clarity comes first. */
-#include "fl_kernels.h"
-#include "fl_math.h"
+#include "fl_segment.h"
 
 static int32_t dot4(const int8_t *a, const int8_t *b) {
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
@@ -200,19 +199,12 @@ static void add_values(float *out, float factor, const page_view *page, int32_t 
     }
 }
 
-static void attend_one(float *out, fl_mass *mass, const fl_kv *kv, const float *q, int32_t first,
-                       int32_t last, void *scratch) {
-    int32_t dim = kv->head_dim, groups = (dim + FL_GROUP - 1) / FL_GROUP;
-    float *scales = scratch;
-    int8_t *codes = (int8_t *)(scales + groups);
-    for (int32_t g = 0; g < groups; g++) {
-        int32_t n = dim - g * FL_GROUP < FL_GROUP ? dim - g * FL_GROUP : FL_GROUP;
-        scales[g] = quantize_group(codes + g * FL_GROUP, q + g * FL_GROUP, n);
-    }
+/* out, mass: of the positions [first, last], at least one, all of one segment. */
+static void attend_segment(float *out, fl_mass *mass, const fl_kv *kv, const int8_t *codes,
+                           const float *scales, int32_t first, int32_t last) {
+    int32_t dim = kv->head_dim;
     float m = -FLT_MAX, lanes[16] = {0};
     memset(out, 0, (size_t)dim * sizeof *out);
-    *mass = (fl_mass){.max = m};
-    if (first > last) return;
     for (int32_t p = first / 32; p <= last / 32; p++) {
         page_view page = view_page(kv, p);
         int32_t low = first > p * 32 ? first - p * 32 : 0;
@@ -226,11 +218,31 @@ static void attend_one(float *out, fl_mass *mass, const fl_kv *kv, const float *
     for (int32_t c = 0; c < dim; c++) out[c] /= mass->sum;
 }
 
+static fl_mass attend_one(float *out, const fl_kv *kv, const float *q, int32_t first, int32_t last,
+                          void *scratch) {
+    int32_t dim = kv->head_dim, groups = (dim + FL_GROUP - 1) / FL_GROUP;
+    float *scales = scratch, *answer = scales + groups;
+    int8_t *codes = (int8_t *)(answer + dim);
+    fl_mass total = {.max = -FLT_MAX}, mass;
+    for (int32_t g = 0; g < groups; g++) {
+        int32_t n = dim - g * FL_GROUP < FL_GROUP ? dim - g * FL_GROUP : FL_GROUP;
+        scales[g] = quantize_group(codes + g * FL_GROUP, q + g * FL_GROUP, n);
+    }
+    memset(out, 0, (size_t)dim * sizeof *out);
+    for (int32_t s = first / FL_SEGMENT; first <= last && s <= last / FL_SEGMENT; s++) {
+        int32_t begin = s * FL_SEGMENT, end = begin + FL_SEGMENT - 1;
+        attend_segment(answer, &mass, kv, codes, scales, first > begin ? first : begin,
+                       last < end ? last : end);
+        fl_take_segment(out, &total, answer, mass, dim, first, last, s);
+    }
+    return total;
+}
+
 static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
                    const int32_t *first, const int32_t *last, void *scratch) {
     for (int32_t i = 0; i < n_q; i++, q += kv->head_dim, out += kv->head_dim) {
-        fl_mass own;
-        attend_one(out, mass ? mass + i : &own, kv, q, first[i], last[i], scratch);
+        fl_mass total = attend_one(out, kv, q, first[i], last[i], scratch);
+        if (mass) mass[i] = total;
     }
 }
 

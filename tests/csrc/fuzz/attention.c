@@ -100,8 +100,7 @@ void fz_attend(fz_input *in) {
         if (i == 0) oracle = out, masses = mass;
         if (table->fp32) continue;
         fz_same_floats("attend", table->isa, out, oracle, size);
-        if (mass)
-            fz_same_floats("mass", table->isa, &mass->max, &masses->max, (size_t)n * 2);
+        if (mass) fz_same_floats("mass", table->isa, &mass->max, &masses->max, (size_t)n * 2);
         fz_same("pages after attend", table->isa, a.memory, before, a.size);
     }
 }

@@ -13,8 +13,8 @@ const fl_kernels *const fz_tables[] = {FUZZ_TABLES};
 const size_t fz_n_tables = sizeof fz_tables / sizeof *fz_tables;
 
 static void (*const operations[])(fz_input *) = {
-    fz_quantize,    fz_gemv,     fz_gemm,     fz_store_kv, fz_attend,
-    fz_rmsnorm,     fz_silu_mul, fz_gelu_mul, fz_layernorm, fz_gelu_erf, fz_sample,
+    fz_quantize,    fz_gemv,     fz_gemm,      fz_store_kv, fz_attend, fz_rmsnorm,
+    fz_silu_mul,    fz_gelu_mul, fz_layernorm, fz_gelu_erf, fz_sample,
 #if defined(FUZZ_ENGINE) /* with a generated model */
     fz_open_engine, fz_pages,    fz_step,
 #endif
