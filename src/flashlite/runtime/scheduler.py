@@ -238,8 +238,8 @@ class Scheduler:
             if generation.pending is not None and generation.sequence is not None:
                 draft = self._draft(generation, n_decoding - 1) if drafts else []
                 ids = [generation.pending, *draft]
-                exact = generation.params.needs_exact_logits
-                work = Work(generation.sequence, ids, "all" if draft else "last", exact)
+                need = generation.params.need
+                work = Work(generation.sequence, ids, "all" if draft else "last", need)
                 batch.append((generation, work))
         left = min(MAX_BATCH - len(batch), CHUNK_BESIDE_DECODE if batch else MAX_BATCH)
         for generation in self._running:
@@ -248,8 +248,8 @@ class Scheduler:
                 continue
             chunk = generation.prompt[done : done + left]
             ends = done + len(chunk) == len(generation.prompt)
-            exact = generation.params.needs_exact_logits
-            work = Work(generation.sequence, chunk, "last" if ends else "none", exact)
+            need = generation.params.need
+            work = Work(generation.sequence, chunk, "last" if ends else "none", need)
             batch.append((generation, work))
             left -= len(chunk)
         return batch
