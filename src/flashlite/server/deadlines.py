@@ -69,14 +69,18 @@ class End:
 
 
 class Deadlines:
-    """The schedule of one engine."""
+    """The schedule of one engine.
+
+    Attributes:
+        pace: what steps take; `stepped` teaches it.
+        rules: what runs together.
+        writing: seconds from the end of an answer to its last byte, for the caller to note.
+    """
 
     def __init__(self, pace: Pace, rules: Rules) -> None:
         self.pace = pace
         self.rules = rules
-        self.writing = Quantile(
-            _WRITE, _FIRST_WRITE
-        )  # note the seconds from an end to its last byte
+        self.writing = Quantile(_WRITE, _FIRST_WRITE)
         self._lengths = Quantile(_LENGTH, _FIRST_LENGTH)
         self._waiting: list[Job] = []  # in the order of starting
         self._running: dict[int, Job] = {}  # in the order of prefill
@@ -112,7 +116,8 @@ class Deadlines:
         self._waiting = waiting
         insort(self._waiting, job)
         for victim in displaced:
-            late = max(self._forecast(now, [*waiting, victim]).get(victim.request.key, 0.0), 0.0)
+            forecast = self._forecast(now, [*waiting, victim])
+            late = max(0.0, forecast.get(victim.request.key, self._backlog()))
             refused = Reject(late, "a client with fewer requests took its place")
             self._displaced[victim.request.key] = End(victim.request.key, refused)
         return Admit()

@@ -2,7 +2,7 @@
 
     seconds = fixed + a * prompt + b * reach + c * decoding + d * depth        (`Shape`)
 
-Least squares over relative errors with exponential forgetting: the last few hundred steps count.
+Least squares over relative errors with exponential forgetting: the last hundred or two steps count.
 A coefficient that nothing speaks of at present (no prompt came for a minute) stays what it was.
 Outliers are clipped before they are learned. How far steps lie above their prediction is kept
 apart, as a quantile: the sum of many steps asks for the mean, the next step for its worst case.
@@ -29,7 +29,7 @@ from flashlite.model.spec import ModelSpec
 __all__ = ["Pace", "Quantile", "Shape", "seed_of"]
 
 _UNITS = (1.0, 64.0, 64.0 * 512.0, 1.0, 512.0)  # of fixed, prompt, reach, decoding, depth: near one
-_KEEP = 0.995  # weight of what was learned after one more step
+_KEEP = 0.99  # weight of what was learned after one more step
 _STAY = 0.05  # weight of the cost known before, in steps
 _CLIP = 4.0  # a step counts as at most so many times its prediction, and at least its inverse
 _TRUSTED = 16  # steps after which clipping begins
@@ -102,9 +102,11 @@ class Pace:
         if self._steps >= _TRUSTED and expected > 0:
             self._ratios.note(seconds / expected)
             seconds = min(max(seconds, expected / _CLIP), expected * _CLIP)
-        row = np.array((1.0, *shape)) / _UNITS / seconds
+        else:
+            expected = seconds
+        row = np.array((1.0, *shape)) / _UNITS / expected
         self._squares = self._squares * _KEEP + np.outer(row, row)
-        self._products = self._products * _KEEP + row
+        self._products = self._products * _KEEP + row * (seconds / expected)
         self._largest = np.maximum(self._largest, row * row)
         self._steps += 1
         if self._steps < _TRUSTED or self._steps % _REFIT == 0:
