@@ -6,7 +6,11 @@ import random
 
 import pytest
 
-from flashlite.server.pace import Pace, Quantile, Shape
+from flashlite.compress.latency import predict_latency
+from flashlite.compress.machine_profile import MachineProfile, Rates
+from flashlite.compress.plan import Plan
+from flashlite.model.spec import ModelSpec
+from flashlite.server.pace import Pace, Quantile, Shape, seed_of
 
 COST = (2e-3, 0.1e-3, 5e-8, 0.3e-3, 2e-7)
 
@@ -114,3 +118,24 @@ def test_a_quantile_is_of_the_last_values() -> None:
     for value in range(1000):
         quantile.note(float(value))
     assert 970 <= quantile.value <= 976
+
+
+def test_a_measured_machine_is_a_seed() -> None:
+    spec = ModelSpec(
+        family="llama", n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96,
+        vocab_size=100, max_context=512, norm_eps=1e-5, rope_theta=1e4, tied_head=True,
+        activation="silu",
+    )  # fmt: skip
+    plan = Plan("test", {name: "f32" if len(shape) == 1 else "q8" for name, shape in spec.shapes()})
+    rates = Rates(
+        threads=2, read_gb_s=20.0, dot_gmac_s=200.0, gather_gb_s=3.0, kv_gb_s=4.0,
+        gemv_gb_s={"q8": 10.0}, gemm_gmac_s={"q8": {2: 10.0, 8: 40.0, 32: 160.0}},
+        fixed_us={"qkv": 2.0, "call": 5.0}, element_ns={"embed": (1.0, 0.5)},
+        attend_ns=((1.0, 0.5), (0.2, 0.1)),
+    )  # fmt: skip
+    machine = MachineProfile("cpu", "avx2", "abc", (rates,))
+    pace = Pace(seed_of(spec, plan, machine))
+    predicted = predict_latency(spec, plan, machine, depth=512, prompt_tokens=256)
+    assert pace.step(Shape(0, 0, 1, 512)) == pytest.approx(predicted.decode_seconds, rel=0.25)
+    prefill = 256 / predicted.prefill_tokens_s
+    assert pace.step(Shape.chunk(0, 256)) == pytest.approx(prefill, rel=0.25)

@@ -37,7 +37,9 @@ def test_a_header_that_is_no_duration_is_refused_by_name(value: str) -> None:
     assert len(str(refused.value)) < 200
 
 
-@pytest.mark.parametrize("value", [True, "1500", 0, -5, float("nan"), [], {}, 1e300, 86_400_001])
+@pytest.mark.parametrize(
+    "value", [True, "1500", 0, 10**30, -5, float("nan"), [], {}, 1e300, 86_400_001]
+)
 def test_a_field_that_is_no_duration_is_refused_by_name(value: Any) -> None:
     with pytest.raises(
         UsageError, match="deadline_ms is .* milliseconds above 0 and up to 86400000"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import uvicorn
@@ -33,17 +33,25 @@ MEMORY = _MAX_BODY * _BODY_GROWTH + _CONNECTIONS * _CONNECTION
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 
 
-def create_app(model: Model, *, deadline: float | None = None) -> Starlette:
+def create_app(
+    model: Model,
+    *,
+    deadline: float | None = None,
+    report: Callable[[Timing], None] | None = None,
+) -> Starlette:
     """The ASGI application of one model; it closes the model at shutdown.
 
     Args:
         model: what answers.
         deadline: seconds that an answer may take at most; None: as long as its client says.
+        report: gets to know when each answer was written.
     """
 
-    def report(timing: Timing) -> None:
+    def written(timing: Timing) -> None:
         if timing.ended is not None and timing.written is not None:
             app.state.worker.note_written(timing.written - timing.ended)
+        if report is not None:
+            report(timing)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -59,7 +67,7 @@ def create_app(model: Model, *, deadline: float | None = None) -> Starlette:
             Route("/v1/models", openai.models),
             Route("/health", health),
         ],
-        middleware=[Middleware(Stopwatch, report), Middleware(Guard)],
+        middleware=[Middleware(Stopwatch, written), Middleware(Guard)],
         lifespan=lifespan,
     )
     return app

@@ -23,7 +23,7 @@ from flashlite.server.pace import Pace, Shape
 
 __all__ = ["Dispatch", "Ticket"]
 
-_WARM_UP = (320, 100, 20)  # tokens of prompts; their answers decode together
+_WARM_UP = ((32,), (320, 100, 20))  # tokens of prompts that are answered together
 _WARM_UP_ANSWER = 6  # tokens
 
 
@@ -71,6 +71,7 @@ class Dispatch:
         self._tickets: dict[int, Ticket] = {}  # admitted
         self._running: dict[int, Ticket] = {}  # given to the scheduler
         self._keys = itertools.count()
+        self._ended: float | None = None  # when the last step was over; None: then all was idle
         if pace is None:
             self._warm_up()
 
@@ -141,7 +142,10 @@ class Dispatch:
                 self._scheduler.enqueue(ticket.generation)
         seen = [_seen(ticket) for ticket in self._running.values()]
         self._scheduler.step()
-        self._learn(seen, self._clock() - begun)
+        ended = self._clock()
+        # What is done between steps is part of their pace.
+        self._learn(seen, ended - (begun if self._ended is None else self._ended))
+        self._ended = ended if self._running else None
 
     def _learn(self, seen: Sequence[_Seen], seconds: float) -> None:
         """What the step computed, from what it changed."""
@@ -169,12 +173,15 @@ class Dispatch:
         """Answer a few prompts of no meaning; nothing of them is kept."""
         cached, self._scheduler.prefix_cache = self._scheduler.prefix_cache, False
         most = self._scheduler.max_tokens - _WARM_UP_ANSWER
-        ids = np.random.default_rng(0).integers(0, self._scheduler.engine.vocab_size, max(_WARM_UP))
         params = SamplingParams(temperature=0, max_tokens=_WARM_UP_ANSWER)
-        for tokens in _WARM_UP:
-            self.take(self.prepare(ids[: max(1, min(tokens, most))].tolist(), params))
-        while not self.idle:
-            self.step()
+        draw = np.random.default_rng(0)
+        for together in _WARM_UP:
+            for tokens in together:
+                size = max(1, min(tokens, most))
+                ids = draw.integers(0, self._scheduler.engine.vocab_size, size)
+                self.take(self.prepare(ids.tolist(), params))
+            while not self.idle:
+                self.step()
         self._scheduler.prefix_cache = cached
         self.deadlines = Deadlines(
             self.deadlines.pace, self.deadlines.rules

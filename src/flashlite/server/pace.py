@@ -163,15 +163,22 @@ def seed_of(
     parts = step_parts(spec, plan)
     call = rates.fixed_us.get(CALL, 0.0) / 1e6
 
-    def seconds(tokens: int, first: int, rows: int) -> float:
-        drawn = ("head", "sampling")
+    def prefill(tokens: int, first: int) -> float:
+        last = ("head", "sampling")  # of one row only
         return call + sum(
-            part_seconds(part, rates, rows if part.name in drawn else tokens, first)
+            part_seconds(part, rates, 1 if part.name in last else tokens, first) for part in parts
+        )
+
+    def decode(together: int, depth: int) -> float:
+        return call + sum(
+            together * part_seconds(part, rates, 1, depth)  # each over pages of its own
+            if part.heads
+            else part_seconds(part, rates, together, depth)
             for part in parts
         )
 
     for depth in (64, 512, 2048):
         for tokens in (16, 64, 256):
-            yield Shape.chunk(depth, tokens), seconds(tokens, depth, 1)
+            yield Shape.chunk(depth, tokens), prefill(tokens, depth)
         for together in (1, 2, 4, 8):
-            yield Shape(0, 0, together, together * depth), seconds(together, depth, together)
+            yield Shape(0, 0, together, together * depth), decode(together, depth)

@@ -36,7 +36,7 @@ DEADLINE_HEADER = "X-Flashlite-Deadline-Ms"
 DEADLINE_FIELD = "deadline_ms"
 
 _LONGEST = 86_400.0  # seconds
-_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,20})?")
 _UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0}
 
 
@@ -60,8 +60,10 @@ def asked_deadline(
         if (name := names.get(raw.lower())) is not None:
             found.append(_seconds(name, value.decode("latin-1").strip(), units[name]))
     if field is not None:
-        text = "" if isinstance(field, (bool, str)) else str(field)
-        found.append(_seconds(DEADLINE_FIELD, text or repr(field), 1e-3))
+        number = math.nan
+        if isinstance(field, (int, float)) and not isinstance(field, bool) and abs(field) < 1e18:
+            number = float(field)
+        found.append(_checked(DEADLINE_FIELD, field, number, 1e-3))
     return min(found, default=None)
 
 
@@ -88,13 +90,16 @@ def retry_headers(retry_after: float | None) -> dict[str, str]:
 
 
 def _seconds(name: str, text: str, unit: float) -> float:
-    seconds = float(text) * unit if _NUMBER.fullmatch(text) else math.nan
-    if not 0 < seconds <= _LONGEST:
-        shown = text if len(text) <= 40 else f"{text[:37]}..."
+    return _checked(name, text, float(text) if _NUMBER.fullmatch(text) else math.nan, unit)
+
+
+def _checked(name: str, given: object, number: float, unit: float) -> float:
+    if not 0 < number * unit <= _LONGEST:
+        shown = repr(given) if len(repr(given)) <= 40 else f"{repr(given)[:37]}..."
         what = "milliseconds" if unit < 1 else "seconds"
         most = round(_LONGEST / (1e-3 if unit < 1 else 1))
-        raise UsageError(f"{name} is {shown!r}: give a number of {what} above 0 and up to {most}")
-    return seconds
+        raise UsageError(f"{name} is {shown}: give a number of {what} above 0 and up to {most}")
+    return number * unit
 
 
 @dataclass
