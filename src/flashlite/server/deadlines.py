@@ -104,6 +104,7 @@ class Deadlines:
             if isinstance(promised, Reject):
                 return promised
             job = Job(request, request.deadline, promised)
+            job.least = self._least(job, min(promised, self.rules.useful))
         waiting = list(self._waiting)
         displaced: list[Job] = []
         while harm := self._harm(now, job, waiting):
@@ -146,11 +147,10 @@ class Deadlines:
         ends = list(self._displaced.values())
         next_step = self.pace.at_most(self._next_shape())
         for job in [*self._running.values(), *self._waiting]:
-            deadline = job.request.deadline
-            if deadline is None:
+            if job.request.deadline is None:
                 continue
-            left = deadline - now - self.writing.value
-            if left >= next_step and (job.generated or left >= self._least(job)):
+            left = job.request.deadline - now - self.writing.value
+            if left >= next_step and (job.generated or self._has_hope(job, left)):
                 continue
             refused = None
             if not job.generated:
@@ -218,9 +218,15 @@ class Deadlines:
         steps = max(1, -(-tokens // self.rules.chunk_alone))
         return self.pace.step(Shape.chunk(first, tokens)) + (steps - 1) * self.pace.step(Shape())
 
-    def _least(self, job: Job) -> float:
-        """Seconds that it needs at best: to its first token; if it waits, to a useful part."""
+    def _has_hope(self, job: Job, left: float) -> bool:
+        """It can have its first token in time, or a useful part if it still waits."""
+        if left > 4 * job.least:  # spares the prediction
+            return True
         tokens = 1 if job.request.key in self._running else min(job.promised, self.rules.useful)
+        return left >= self._least(job, tokens)
+
+    def _least(self, job: Job, tokens: int) -> float:
+        """Seconds that it needs at best to have so many tokens."""
         each = self.pace.step(Shape(0, 0, 1, job.request.prompt))
         return self._prefill(job.prefilled, job.prompt_left) + (tokens - 1) * each
 
@@ -252,12 +258,15 @@ class Deadlines:
             return {job.request.key: self._backlog()}
         if job.request.deadline is None:
             return {}
-        before = self._forecast(now, waiting)
         after = self._forecast(now, [*waiting, job])
+        late = {key: seconds for key, seconds in after.items() if seconds > 0}
+        if not late.keys() - {job.request.key}:
+            return late
+        before = self._forecast(now, waiting)
         return {
-            key: late
-            for key, late in after.items()
-            if late > max(0.0, before.get(key, -math.inf) + _TOLERANCE)
+            key: seconds
+            for key, seconds in late.items()
+            if seconds > before.get(key, -math.inf) + _TOLERANCE
         }
 
     def _victim(self, job: Job, harm: Mapping[int, float], waiting: Sequence[Job]) -> Job | None:

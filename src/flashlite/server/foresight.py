@@ -63,6 +63,7 @@ class Job:
     request: Request
     due: float  # the order of starting
     promised: int  # tokens
+    least: float = 0.0  # seconds that it needed at best when it came
     prefilled: int = 0
     generated: int = 0
 
@@ -100,7 +101,17 @@ class Ahead:
             expected: tokens that a request will still generate.
             now: seconds of the clock of the deadlines.
         """
-        self._pace = pace
+        fixed = pace.step(Shape())
+        self._fixed, self._prompt, self._reach, self._sequence, self._position = (
+            rules.margin * seconds
+            for seconds in (
+                fixed,
+                pace.step(Shape(1)) - fixed,
+                pace.step(Shape(0, 1)) - fixed,
+                pace.step(Shape(0, 0, 1)) - fixed,
+                pace.step(Shape(0, 0, 0, 1)) - fixed,
+            )
+        )
         self._rules = rules
         self._writing = writing
         self._expected = expected
@@ -150,16 +161,16 @@ class Ahead:
         tokens = job.prompt_left
         size = self._rules.chunk if self._decoding else self._rules.chunk_alone
         steps = max(1, -(-tokens // size))
-        extra = self._pace.step(Shape.chunk(job.prefilled, tokens)) - self._pace.step(Shape())
-        self._run(self._step + steps, extra * self._rules.margin / steps)
+        piece = Shape.chunk(job.prefilled, tokens)
+        extra = self._prompt * piece.prompt + self._reach * piece.reach
+        self._run(self._step + steps, extra / steps)
         self._decode(job)
 
     def _push(self, steps: int, leaves: bool, job: Job) -> None:
         heapq.heappush(self._events, (self._step + steps, job.request.key, leaves, job))
 
     def _each(self) -> float:
-        shape = Shape(0, 0, self._decoding, self._depth)
-        return self._rules.margin * self._pace.step(shape)
+        return self._fixed + self._sequence * self._decoding + self._position * self._depth
 
     def _run(self, end: int, extra: float) -> None:
         """Steps up to number `end`, each with so many seconds of prefill."""

@@ -13,6 +13,7 @@ Pure: shapes and seconds in, seconds out, no clock.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -58,21 +59,20 @@ class Quantile:
     def __init__(self, share: float, start: float) -> None:
         """`start` counts as a tenth of the window until values push it out."""
         self._share = share
-        self._values: deque[float] = deque([start] * (_WINDOW // 10), maxlen=_WINDOW)
-        self._known: float | None = start
+        self._values = deque([start] * (_WINDOW // 10))
+        self._ordered = list(self._values)
 
     def note(self, value: float) -> None:
         """Learn one value."""
+        if len(self._values) == _WINDOW:
+            del self._ordered[bisect_left(self._ordered, self._values.popleft())]
         self._values.append(value)
-        self._known = None
+        insort(self._ordered, value)
 
     @property
     def value(self) -> float:
         """The quantile."""
-        if self._known is None:
-            ordered = sorted(self._values)
-            self._known = ordered[min(len(ordered) - 1, int(self._share * len(ordered)))]
-        return self._known
+        return self._ordered[min(len(self._ordered) - 1, int(self._share * len(self._ordered)))]
 
 
 class Pace:
