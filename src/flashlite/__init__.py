@@ -55,6 +55,7 @@ __all__ = [
     "IntegrityError",
     "MemoryCeiling",
     "MissingExtra",
+    "Overloaded",
     "Model",
     "PullError",
     "Pulled",
