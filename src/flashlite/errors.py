@@ -14,7 +14,8 @@
     │   └── IntegrityError      bytes that differ from the manifest
     ├── CompileError            no compiler, or one that failed
     ├── EngineError             the compiled model refused a call
-    │   └── MemoryCeiling       the model does not fit the memory it may use
+    │   ├── MemoryCeiling       the model does not fit the memory it may use
+    │   └── Overloaded          an answer that would have come too late
     ├── EvaluateError           a measurement that could not be made
     ├── ContextOverflow         FL-405
     ├── UnsupportedTarget       FL-612
@@ -39,6 +40,7 @@ __all__ = [
     "IntegrityError",
     "MemoryCeiling",
     "MissingExtra",
+    "Overloaded",
     "PullError",
     "TemplateError",
     "TokenizerError",
@@ -155,6 +157,21 @@ class EngineError(FlashliteError):
 
 class MemoryCeiling(EngineError):
     """The model does not fit the memory it may use."""
+
+
+class Overloaded(EngineError):
+    """A request that cannot be answered before its deadline.
+
+    Attributes:
+        retry_after: seconds after which it could be; None: never, however idle the server is.
+    """
+
+    def __init__(self, reason: str, retry_after: float | None) -> None:
+        self.retry_after = retry_after
+        way_out = "allow more time or ask for less"
+        if retry_after is not None:
+            way_out = f"ask again in {max(retry_after, 0.1):.1f} s, or allow more time"
+        super().__init__(f"the answer would come too late: {reason}; {way_out}")
 
 
 class EvaluateError(FlashliteError):

@@ -22,8 +22,14 @@ __all__ = ["command"]
     show_default=True,
     help="Conversations answered at the same time.",
 )
+@click.option(
+    "--deadline",
+    metavar="TIME",
+    help="What an answer may take at most: 2s, 500ms. Later it is cut short and marked, or refused "
+    "at once. A request may ask for less.",
+)
 @options.running
-def command(model: str, port: int, max_sequences: int, **flags: Any) -> None:
+def command(model: str, port: int, max_sequences: int, deadline: str | None, **flags: Any) -> None:
     """Serve MODEL on 127.0.0.1 for OpenAI clients.
 
     Endpoints: POST /v1/chat/completions (streaming and not), GET /v1/models, GET /health.
@@ -36,11 +42,13 @@ def command(model: str, port: int, max_sequences: int, **flags: Any) -> None:
     """
     try:
         from flashlite.server.app import MEMORY, serve
+        from flashlite.server.timing import parse_duration
     except ModuleNotFoundError:
         raise MissingExtra("flashlite serve", "serve") from None
+    seconds = None if deadline is None else parse_duration(deadline)
     with options.stages() as progress:
         loaded = options.load_model(
             model, flags, progress, max_sequences=max_sequences, reserved={"server": MEMORY}
         )
     output.note(f"{loaded.name} on http://127.0.0.1:{port}/v1 (Ctrl-C to stop)")
-    serve(loaded, port=port)
+    serve(loaded, port=port, deadline=seconds)

@@ -33,7 +33,7 @@ __all__ = ["FinishReason", "Generation", "Piece", "Scheduler"]
 
 CHUNK_BESIDE_DECODE = 64
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,17 @@ class Scheduler:
         return len(self._running), len(self._waiting)
 
     def submit(self, prompt: Seq[int], params: SamplingParams) -> Generation:
-        """Queue a request.
+        """Queue a request: `prepare` and `enqueue`."""
+        generation = self.prepare(prompt, params)
+        self.enqueue(generation)
+        return generation
+
+    def enqueue(self, generation: Generation) -> None:
+        """It runs when a sequence and pages are free."""
+        self._waiting.append(generation)
+
+    def prepare(self, prompt: Seq[int], params: SamplingParams) -> Generation:
+        """Check a request and make its state; `enqueue` queues it.
 
         Raises:
             UsageError: the prompt is empty or a setting is outside its range.
@@ -138,7 +148,7 @@ class Scheduler:
             room = min(room, params.max_tokens)
         self._check_size(len(prompt), room, params.logprobs or 0)
         ids = np.asarray(prompt, np.int32)
-        generation = Generation(
+        return Generation(
             prompt=ids,
             params=params,
             room=room,
@@ -147,16 +157,14 @@ class Scheduler:
             stops=StopStrings(params.stop),
             submitted=time.perf_counter(),
         )
-        self._waiting.append(generation)
-        return generation
 
-    def cancel(self, generation: Generation) -> None:
+    def cancel(self, generation: Generation, reason: FinishReason = "cancelled") -> None:
         """Stop a request before the next step; a finished one stays as it is."""
         if generation.finish_reason is not None:
             return
         if generation in self._waiting:
             self._waiting.remove(generation)
-        self._finish(generation, "cancelled", "")
+        self._finish(generation, reason, "")
 
     def step(self) -> None:
         """Run one engine step and append to the pieces of the requests it moved."""

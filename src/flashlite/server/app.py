@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import uvicorn
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flashlite.errors import UsageError
 from flashlite.runtime.model import Model
 from flashlite.server import openai
+from flashlite.server.timing import Stopwatch, Timing
 from flashlite.server.worker import Worker
 
 __all__ = ["MEMORY", "Guard", "create_app", "health", "serve"]
@@ -32,31 +33,50 @@ MEMORY = _MAX_BODY * _BODY_GROWTH + _CONNECTIONS * _CONNECTION
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 
 
-def create_app(model: Model) -> Starlette:
-    """The ASGI application of one model; it closes the model at shutdown."""
+def create_app(
+    model: Model,
+    *,
+    deadline: float | None = None,
+    report: Callable[[Timing], None] | None = None,
+) -> Starlette:
+    """The ASGI application of one model; it closes the model at shutdown.
+
+    Args:
+        model: what answers.
+        deadline: seconds that an answer may take at most; None: as long as its client says.
+        report: gets to know when each answer was written.
+    """
+
+    def written(timing: Timing) -> None:
+        if timing.ended is not None and timing.written is not None:
+            app.state.worker.note_written(timing.written - timing.ended)
+        if report is not None:
+            report(timing)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.worker = Worker(model)
         app.state.started = int(time.time())
+        app.state.deadline = deadline
         yield
         app.state.worker.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/models", openai.models),
             Route("/health", health),
         ],
-        middleware=[Middleware(Guard)],
+        middleware=[Middleware(Stopwatch, written), Middleware(Guard)],
         lifespan=lifespan,
     )
+    return app
 
 
 async def health(request: Request) -> Response:
     """GET /health: what runs and what it holds."""
     worker: Worker = request.app.state.worker
-    running, waiting = worker.model.scheduler.load
+    running, waiting = worker.dispatch.load
     return JSONResponse(
         {
             "status": "ok",
@@ -136,14 +156,14 @@ class Guard:
                 return b"".join(parts)
 
 
-def serve(model: Model, *, port: int) -> None:
-    """Serve on 127.0.0.1 until interrupted.
+def serve(model: Model, *, port: int, deadline: float | None = None) -> None:
+    """Serve on 127.0.0.1 until interrupted; `deadline` as in `create_app`.
 
     Raises:
         UsageError: the port is taken or outside its range.
     """
     config = uvicorn.Config(
-        create_app(model),
+        create_app(model, deadline=deadline),
         host="127.0.0.1",
         port=port,
         log_level="warning",

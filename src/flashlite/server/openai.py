@@ -11,9 +11,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from flashlite.errors import ContextOverflow, FlashliteError
+from flashlite.errors import ContextOverflow, FlashliteError, Overloaded
 from flashlite.runtime.scheduler import Generation, Piece
 from flashlite.server.schemas import ChatRequest
+from flashlite.server.timing import Timing, asked_deadline, retry_headers
 from flashlite.server.worker import Worker
 
 __all__ = ["chat_completions", "error_response", "models"]
@@ -52,8 +53,20 @@ async def chat_completions(request: Request) -> Response:
         for m in asked.messages
     ]
     try:
+        timing: Timing = request.state.timing
+        may_take = asked_deadline(
+            request.scope["headers"], asked.deadline_ms, request.app.state.deadline
+        )
+        if may_take is not None:
+            timing.deadline = timing.head_read + may_take
         prompt = worker.model.tokenizer.render_chat(messages)
-        job = worker.submit(prompt, asked.sampling())
+        job = worker.submit(
+            prompt,
+            asked.sampling(),
+            client=request.client.host if request.client else "",
+            arrived=timing.head_read,
+            deadline=timing.deadline,
+        )
     except ContextOverflow as error:
         return error_response(
             400, str(error), "invalid_request_error", code="context_length_exceeded"
@@ -61,7 +74,13 @@ async def chat_completions(request: Request) -> Response:
     except FlashliteError as error:
         return error_response(400, str(error), "invalid_request_error", code=error.code)
     reply = _Reply(worker, asked, job.generation)
-    pieces = worker.follow(job)
+    pieces = _timed(worker.follow(job), timing)
+    try:
+        pieces = await _begun(pieces)
+    except Overloaded as error:
+        return _overloaded(error)
+    except FlashliteError as error:
+        return error_response(500, str(error), "server_error", code=error.code)
     if asked.stream:
         return StreamingResponse(reply.stream(pieces), media_type="text/event-stream")
     collected: list[Piece] = []
@@ -74,6 +93,34 @@ async def chat_completions(request: Request) -> Response:
     except FlashliteError as error:
         return error_response(500, str(error), "server_error", code=error.code)
     return JSONResponse(reply.whole(collected))
+
+
+async def _timed(pieces: AsyncIterator[Piece], timing: Timing) -> AsyncIterator[Piece]:
+    """The pieces; the timing gets to know when the last one was there."""
+    async for piece in pieces:
+        if piece.finish_reason is not None:
+            timing.ended = time.perf_counter()
+        yield piece
+
+
+async def _begun(pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    """The same, once the first is there: a request that is refused before it is a 503, whether it
+    is streamed or not.
+    """
+    first = await anext(pieces)
+
+    async def whole() -> AsyncIterator[Piece]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return whole()
+
+
+def _overloaded(error: Overloaded) -> JSONResponse:
+    response = error_response(503, str(error), "server_error", code="overloaded")
+    response.headers.update(retry_headers(error.retry_after))
+    return response
 
 
 def error_response(

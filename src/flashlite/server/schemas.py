@@ -64,6 +64,7 @@ class ChatRequest(msgspec.Struct, forbid_unknown_fields=True):
     stop: str | Annotated[list[str], msgspec.Meta(max_length=16)] | None = None
     n: Literal[1] = 1
     user: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    deadline_ms: float | None = None
 
     def sampling(self) -> SamplingParams:
         """The checked settings; what was not sent keeps OpenAI's default of temperature 1.
