@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flashlite.checkpoint.pull import Pulled, pull
     from flashlite.errors import (
         ArtifactError,
+        BodyError,
         CheckpointError,
         CompileError,
         CompressError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         PullError,
         TemplateError,
         TokenizerError,
+        UnknownModel,
         UnsupportedModel,
         UnsupportedTarget,
         UsageError,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "ArtifactError",
+    "BodyError",
     "CheckpointError",
     "CompileError",
     "CompressError",
@@ -63,6 +66,7 @@ __all__ = [
     "SamplingParams",
     "TemplateError",
     "TokenizerError",
+    "UnknownModel",
     "UnsupportedModel",
     "UnsupportedTarget",
     "UsageError",

@@ -2,6 +2,8 @@
 
     FlashliteError
     ├── UsageError              a flag or argument that cannot be honoured            exit 2
+    │   ├── BodyError           a field of a request that cannot be honoured
+    │   └── UnknownModel        a request for a model that is not served
     ├── PullError               a model could not be fetched
     ├── CheckpointError         a file that is not what it says (offset, value, limit)
     │   └── UnsupportedModel    an architecture or tensor type flashlite does not know
@@ -26,8 +28,11 @@ A message is one line: what was found, the limit it broke, the way out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "ArtifactError",
+    "BodyError",
     "CheckpointError",
     "CompileError",
     "CompressError",
@@ -44,6 +49,7 @@ __all__ = [
     "PullError",
     "TemplateError",
     "TokenizerError",
+    "UnknownModel",
     "UnsupportedModel",
     "UnsupportedTarget",
     "UsageError",
@@ -65,6 +71,26 @@ class UsageError(FlashliteError):
     """A flag or argument that cannot be honoured."""
 
     exit_code = 2
+
+
+class BodyError(UsageError):
+    """A field of a request that cannot be honoured.
+
+    Attributes:
+        param: the field, by its path in the body.
+    """
+
+    def __init__(self, param: str, message: str) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class UnknownModel(UsageError):
+    """A request for a model that is not served."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        self.name = name
+        super().__init__(f"model {_short(name)!r} is not served here; use {' or '.join(known)}")
 
 
 class PullError(FlashliteError):

@@ -142,7 +142,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request was accepted; comes before the first token is computed."""
+    """The request was admitted and its first token is there: what is refused is so before."""
 
     usage: Usage  # of the prompt
 
