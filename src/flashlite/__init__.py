@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TemplateError,
         TokenizerError,
         UnsupportedModel,
+        UnsupportedSchema,
         UnsupportedTarget,
         UsageError,
     )
@@ -62,6 +63,7 @@ __all__ = [
     "TemplateError",
     "TokenizerError",
     "UnsupportedModel",
+    "UnsupportedSchema",
     "UnsupportedTarget",
     "UsageError",
     "__version__",

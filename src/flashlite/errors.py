@@ -2,6 +2,7 @@
 
     FlashliteError
     ├── UsageError              a flag or argument that cannot be honoured            exit 2
+    │   └── UnsupportedSchema   a JSON schema or grammar that cannot be enforced
     ├── PullError               a model could not be fetched
     ├── CheckpointError         a file that is not what it says (offset, value, limit)
     │   └── UnsupportedModel    an architecture or tensor type flashlite does not know
@@ -43,6 +44,7 @@ __all__ = [
     "TemplateError",
     "TokenizerError",
     "UnsupportedModel",
+    "UnsupportedSchema",
     "UnsupportedTarget",
     "UsageError",
 ]
@@ -63,6 +65,24 @@ class UsageError(FlashliteError):
     """A flag or argument that cannot be honoured."""
 
     exit_code = 2
+
+
+class UnsupportedSchema(UsageError):
+    """A JSON schema or grammar that cannot be enforced exactly.
+
+    Attributes:
+        feature: what it asks for.
+        at: JSON pointer to where, "" where it is not known.
+    """
+
+    def __init__(self, feature: str, at: str = "") -> None:
+        self.feature = feature
+        self.at = at
+        where = f" at {_short(at)}" if at else ""
+        super().__init__(
+            f"unsupported schema: {_short(feature)}{where} cannot be enforced; leave it out, or "
+            "say it with other keywords"
+        )
 
 
 class PullError(FlashliteError):
