@@ -26,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashlite.checkpoint.tokenizer import Tokenizer
-from flashlite.errors import EngineError, MissingExtra, UnsupportedSchema
+from flashlite.errors import EngineError, FlashliteError, MissingExtra, UnsupportedSchema
 from flashlite.runtime.complement import Schema
 from flashlite.runtime.schema import simplify
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-__all__ = ["Grammar", "GrammarSpec", "Guide", "compile_grammar", "json_rule"]
+__all__ = ["Grammar", "GrammarSpec", "Guide", "compile_grammar", "dead_end", "json_rule"]
 
 _JSON_OPTIONS = {
     "item_separator": ", ",
@@ -138,7 +138,8 @@ class Guide:
         Raises:
             EngineError: the grammar is too ambiguous to go on.
         """
-        forced: list[int] = self._matcher.compute_ff_tokens()
+        tokens: list[int] = self._matcher.compute_ff_tokens()
+        forced = tokens[: self._matcher.validate_tokens(tokens)] if tokens else []
         if forced and self._matcher.try_consume_tokens(forced) != len(forced):
             raise self._failure()
         return forced
@@ -170,11 +171,15 @@ class Guide:
         return [] if self._matcher.is_stopped() else self.force()
 
     def _failure(self) -> EngineError:
-        why = " ".join(self._matcher.get_error().split())[:160]
-        return EngineError(
-            f"the grammar allows no next token ({why or 'dead end'}); simplify the schema, or "
-            "remove the logit_bias that forbids what it needs"
-        )
+        return EngineError(" ".join(self._matcher.get_error().split())[:160] or "dead end")
+
+
+def dead_end(why: str) -> EngineError:
+    """What a request ends with whose grammar leaves it no next token."""
+    return EngineError(
+        f"no next token is allowed by the grammar ({why}); simplify the schema, or remove the "
+        "logit_bias that forbids what it needs"
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -252,10 +257,8 @@ class _Vocabulary:
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise _refusal(matcher)
-        if not any(matcher.compute_bitmask()):
+        if not any(matcher.compute_bitmask()) or matcher.is_error():
             raise UnsupportedSchema("a grammar that no text satisfies")
-        if matcher.is_error():
-            raise _refusal(matcher)
         return matcher
 
 
@@ -275,14 +278,27 @@ class _Tokens:
             for id_ in range(tokenizer.vocab_size)
         ]
         self._tokenizer = weakref.ref(tokenizer)
+        # SentencePiece puts a space before a text; behind another character it does not.
+        self._mark = "" if tokenizer.decode(tokenizer.encode("a")) == "a" else "\x02"
+        self._marks = len(tokenizer.encode(self._mark))
 
     def __call__(self, text: bytes) -> list[int]:
+        """The vocabulary's own cut of a forced text; nothing where the tokenizer refuses it, and
+        then its tokens are drawn one by one.
+        """
         tokenizer = self._tokenizer()
-        return [] if tokenizer is None else tokenizer.encode(text.decode())
+        if tokenizer is None:
+            return []
+        try:
+            return tokenizer.encode(self._mark + text.decode())[self._marks :]
+        except (FlashliteError, UnicodeDecodeError):
+            return []
 
 
 def _refusal(matcher: LLMatcher) -> UnsupportedSchema:
-    return UnsupportedSchema(matcher.get_error().strip().splitlines()[0])
+    """Of a pattern the parser's message has many lines; the one that says why begins `error:`."""
+    lines = matcher.get_error().strip().splitlines() or ["a grammar"]
+    return UnsupportedSchema(next((x for x in lines if x.startswith("error: ")), lines[0]))
 
 
 def _source(spec: GrammarSpec) -> str:

@@ -16,18 +16,16 @@ next step, which computes them together. The answer is that of single steps.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashlite.checkpoint.tokenizer import StreamDecoder, Tokenizer
+from flashlite.checkpoint.tokenizer import Tokenizer
 from flashlite.errors import ContextOverflow, EngineError, MemoryCeiling, UsageError
 from flashlite.runtime.engine import Engine, Sequence, Work
-from flashlite.runtime.grammar import Grammar, Guide
+from flashlite.runtime.generation import FinishReason, Generation, Piece
+from flashlite.runtime.grammar import Grammar, dead_end
 from flashlite.runtime.library import MAX_BATCH, PAGE_TOKENS
 from flashlite.runtime.memory import LOGPROB_BYTES, TOKEN_BYTES, format_size
 from flashlite.runtime.prefixstore import PrefixStore
@@ -39,56 +37,6 @@ from flashlite.runtime.speculate import DRAFT_BESIDE, MAX_DECODING, MAX_DRAFT, D
 __all__ = ["FinishReason", "Generation", "Piece", "Scheduler"]
 
 CHUNK_BESIDE_DECODE = 64
-
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one token added: text that is final (it may be empty, or hold several tokens')."""
-
-    text: str
-    drawn: Drawn | None  # None in the piece that only flushes held-back text
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(eq=False)
-class Generation:
-    """One request on its way: fixed inputs first, then its state."""
-
-    prompt: NDArray[np.int32]
-    params: SamplingParams
-    room: int  # tokens it may generate
-    sampler: Sampler
-    decoder: StreamDecoder
-    stops: StopStrings
-    client: str = ""
-    guide: Guide | None = None  # its place in the grammar
-    opening: tuple[int, ...] = ()  # what the grammar puts before the first draw
-    sequence: Sequence | None = None
-    pending: list[int] | None = None  # drawn or forced, not yet in the KV cache; never empty
-    drafter: Drafter | None = None  # from its first decode step, when drafts are allowed
-    generated: list[int] = field(default_factory=list)
-    pieces: deque[Piece] = field(default_factory=deque)  # for the caller to take
-    finish_reason: FinishReason | None = None
-    error: EngineError | None = None  # why the reason is "error"
-    cached_tokens: int = 0  # of the prompt: found stored instead of computed
-    drafted_tokens: int = 0  # guessed, and checked in a step
-    accepted_tokens: int = 0  # of these: as the sampler drew them
-    forced_tokens: int = 0  # of the answer: the grammar left no other text
-    submitted: float = 0.0  # seconds of time.perf_counter
-    first_token: float | None = None
-    last_token: float | None = None
-
-    @property
-    def prefilled(self) -> int:
-        """Prompt tokens in the KV cache."""
-        return 0 if self.sequence is None else min(self.sequence.length, len(self.prompt))
-
-    @property
-    def exact(self) -> bool:
-        """Whether any token's logit may be asked for, so that none can be an estimate."""
-        return self.guide is not None or self.params.needs_exact_logits
 
 
 class Scheduler:
@@ -279,8 +227,9 @@ class Scheduler:
         for generation in self._running:
             if generation.pending is None:
                 lines.setdefault(generation.client, []).append(generation)
-        for turn, line in enumerate(lines.values()):
-            share = -(-left // (len(lines) - turn))  # what one client leaves goes to the next
+        # Shortest first: what one client leaves of its share goes to the next.
+        for turn, line in enumerate(sorted(lines.values(), key=_tokens_left)):
+            share = -(-left // (len(lines) - turn))
             for generation in line:
                 if share <= 0:
                     break
@@ -363,7 +312,7 @@ class Scheduler:
             if guide is not None and drawn.token not in self._ends:
                 forced = guide.accept(drawn.token)
         except EngineError as error:  # this request's alone: the engine has done its step
-            generation.error = error
+            generation.error = error if guide is None else dead_end(str(error))
             self._finish(generation, "error", "")
             return
         self._append(generation, drawn)
@@ -417,6 +366,11 @@ class Scheduler:
         if generation.sequence is not None:
             generation.sequence.share()
             generation.sequence.release()
+
+
+def _tokens_left(line: Seq[Generation]) -> int:
+    """Of the prompts of one client."""
+    return sum(len(generation.prompt) - generation.prefilled for generation in line)
 
 
 def _agreeing(one: Seq[int], other: Seq[int]) -> int:
