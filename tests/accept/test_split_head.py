@@ -103,14 +103,16 @@ def write(engine: Engine, jobs: list[Job], tokens: int, ends: frozenset[int]) ->
             params = SamplingParams(temperature=temperature, seed=seed)
             sampler = Sampler(engine.library, params, np.array(ids, np.int32), tokens, scratch)
             texts.append([])
-            live.append((engine.new_sequence(len(ids) + tokens), ids, texts[-1], sampler))
+            sequence = engine.new_sequence(len(ids) + tokens)
+            live.append((sequence, ids, texts[-1], sampler, params.need))
         held = [sequence for sequence, *_ in live]
-        for sequence, ids, _, _ in live:
+        for sequence, ids, *_ in live:
             if len(ids) > 1:
                 engine.step([Work(sequence, ids[:-1], "none")])
         for _ in range(tokens):
-            logits = engine.step([Work(s, text[-1:] or ids[-1:]) for s, ids, text, _ in live])
-            for (*_, text, sampler), row in zip(live, logits, strict=True):
+            work = [Work(s, text[-1:] or ids[-1:], need=need) for s, ids, text, _, need in live]
+            logits = engine.step(work)
+            for (*_, text, sampler, _), row in zip(live, logits, strict=True):
                 text.append(sampler.draw(row).token)
             live = [item for item in live if item[2][-1] not in ends]
             if not live:
@@ -254,11 +256,11 @@ def test_it_is_faster(ready: Ready) -> None:
 def head_seconds(engine: Engine, ids: list[int], n: int) -> float:
     """Median over `n` pairs of steps, with logits and without."""
     sequence = engine.new_sequence(len(ids) + 2 * n)
-    token = int(np.argmax(engine.step([Work(sequence, ids)])[0]))
+    token = int(np.argmax(engine.step([Work(sequence, ids, need="largest")])[0]))
     differences = []
     for _ in range(n):
         begun = time.perf_counter()
-        logits = engine.step([Work(sequence, [token])])
+        logits = engine.step([Work(sequence, [token], need="largest")])
         between = time.perf_counter()
         engine.step([Work(sequence, [token], "none")])
         differences.append(2 * between - begun - time.perf_counter())

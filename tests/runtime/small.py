@@ -19,7 +19,7 @@ from flashlite.errors import UnsupportedTarget
 from flashlite.model.families import describe_any
 from flashlite.model.reference import Reference
 from flashlite.runtime.engine import Engine, Sequence, Work
-from flashlite.runtime.library import MAX_BATCH, load_library
+from flashlite.runtime.library import MAX_BATCH, Need, load_library
 from flashlite.runtime.prepare import compile_artifact
 
 FAMILIES = sorted(p.name for p in (Path(__file__).parent.parent / "fixtures/families").iterdir())
@@ -66,11 +66,15 @@ def quantize_small(path: Path, preset: str, folder: Path) -> Small:
 
 
 def all_logits(
-    engine: Engine, sequence: Sequence, ids: NDArray[np.int32], chunk: int = MAX_BATCH
+    engine: Engine,
+    sequence: Sequence,
+    ids: NDArray[np.int32],
+    chunk: int = MAX_BATCH,
+    need: Need = "likely",
 ) -> NDArray[np.float32]:
     """Logits after every token, (n, vocab)."""
     parts = [
-        engine.step([Work(sequence, ids[i : i + chunk], "all")]).copy()
+        engine.step([Work(sequence, ids[i : i + chunk], "all", need)]).copy()
         for i in range(0, len(ids), chunk)
     ]
     return np.concatenate(parts)

@@ -71,8 +71,8 @@ class Estimates:
     nearest: Floats  # [n] how far the closest row is from a bar
 
 
-def estimates(small: Small, hidden: Floats) -> Estimates:
-    """The split head, from the arrays of the artifact."""
+def estimates(small: Small, hidden: Floats, sure: int = SURE) -> Estimates:
+    """The split head, from the arrays of the artifact, where the `sure` largest must be exact."""
     artifact, spec = small.artifact, small.artifact.spec
     screen = artifact.plan.screen
     assert screen is not None
@@ -107,7 +107,7 @@ def estimates(small: Small, hidden: Floats) -> Estimates:
     wrong = rows(errors("spread", np.linalg.norm(x[:, rank:], axis=1)))
     plain = first.copy()
     first -= half_square(wrong)
-    bar = np.sort(tops(first), axis=1)[:, -min(SURE, blocks)] - screen.coarse.reach
+    bar = np.sort(tops(first), axis=1)[:, -min(sure, blocks)] - screen.coarse.reach
     always = rows(np.broadcast_to(array("spread") < 0, (len(x), blocks)))
     gaps = first + MARGIN * wrong - bar[:, None]
     twice = (gaps >= 0) | always
@@ -115,7 +115,7 @@ def estimates(small: Small, hidden: Floats) -> Estimates:
     less = rows(errors("rest_spread", np.linalg.norm(x, axis=1)))
     final: Floats = np.where(twice, plain + rest - half_square(less), first)
     seconds = np.sort(np.where(twice, final, -np.inf), axis=1)
-    place = vocab - np.minimum(twice.sum(axis=1), SURE)
+    place = vocab - np.minimum(twice.sum(axis=1), sure)
     bar = seconds[np.arange(len(x)), place] - screen.fine.reach
     close = np.where(twice, final + MARGIN * less - bar[:, None], -np.inf)
     exact = (close >= 0) | (always & twice)

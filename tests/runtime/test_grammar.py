@@ -107,7 +107,7 @@ def single_steps(
     sampler = Sampler(engine.library, params, np.asarray(prompt, np.int32), room, scratch)
     guide = grammar_of(model, spec).start()
     sequence = engine.new_sequence(len(prompt) + room)
-    row = engine.step([Work(sequence, prompt, exact_head=True)])[0].copy()
+    row = engine.step([Work(sequence, prompt, need="all")])[0].copy()
     answer: list[tuple[int, float]] = []
     forced = guide.force()
     while len(answer) < room:
@@ -124,7 +124,7 @@ def single_steps(
         if drawn.token in ends:
             break
         if len(answer) < room:
-            row = engine.step([Work(sequence, [drawn.token], exact_head=True)])[0].copy()
+            row = engine.step([Work(sequence, [drawn.token], need="all")])[0].copy()
     sequence.release()
     return answer
 
@@ -278,7 +278,7 @@ def _has_digit(model: Model, id_: int) -> bool:
 def test_a_grammar_asks_for_every_logit(model: Model, steps: list[list[Work]]) -> None:
     run(model, model.submit([5], SamplingParams(), grammar_of(model, SPECS["person"])))
     assert steps
-    assert all(work.exact_head for made in steps for work in made if work.logits != "none")
+    assert all(work.need == "all" for made in steps for work in made if work.logits != "none")
 
 
 def test_cancelling_gives_the_pages_back(model: Model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -111,3 +112,22 @@ def test_what_was_held_back_comes_out_at_the_end() -> None:
     assert stops.push("a </") == "a "
     assert stops.finish() == "</"
     assert stops.matched is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "need"),
+    [
+        ({}, "largest"),
+        ({"temperature": 0.7}, "likely"),
+        ({"repetition_penalty": 1.1}, "likely"),  # may let another than the largest win
+        ({"presence_penalty": 0.5}, "likely"),
+        ({"frequency_penalty": 0.5}, "likely"),
+        ({"repetition_penalty": 0.9}, "all"),  # may raise a token from anywhere
+        ({"presence_penalty": -0.5}, "all"),
+        ({"frequency_penalty": -0.5}, "all"),
+        ({"logprobs": 0}, "all"),
+        ({"logit_bias": {3: 1.0}}, "all"),
+    ],
+)
+def test_what_a_draw_can_reach_is_not_estimated(settings: dict[str, Any], need: str) -> None:
+    assert SamplingParams(**settings).need == need

@@ -37,8 +37,7 @@ def smollm2() -> Tokenizer:
 def grammar_of(schema: Any, tokenizer: Tokenizer) -> Grammar | None:
     try:
         return compile_grammar(GrammarSpec.json_schema(schema), tokenizer)
-    except UnsupportedSchema as error:
-        assert "\n" not in str(error)
+    except UnsupportedSchema:
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import make_gguf
@@ -18,18 +19,21 @@ from flashlite.checkpoint.pull import pull
 from flashlite.codegen.target import ISAS
 from flashlite.compress.pack import BLOCK_ROWS
 from flashlite.compress.screen import Cut
+from flashlite.compress.screen_trials import SURE
 from flashlite.compress.split_head import Fitted
 from flashlite.errors import EngineError
 from flashlite.model.families import describe
 from flashlite.model.metrics import kl_divergence
 from flashlite.runtime import prepare
 from flashlite.runtime.engine import Work
-from flashlite.runtime.library import load_library
+from flashlite.runtime.library import Need, load_library
 from flashlite.runtime.model import make_ledger
 from flashlite.runtime.prepare import artifact_path, compile_artifact, split_head
 
 N = 120
 MARGINS = 1e-3  # float sums in another order
+REACH = 12.0  # nats; errors of this head's estimates are that large
+NEEDS: tuple[Need, ...] = ("likely", "largest", "all", "likely", "largest")
 
 
 INTEGER_ISAS = [isa for isa in ISAS if isa != "fp32" and runs(isa)]
@@ -64,6 +68,16 @@ def split(plain: Small, fitted: Fitted, tmp_path_factory: pytest.TempPathFactory
     return with_screen(plain, folder, fitted, coarse=Cut(0.2, 505), fine=Cut(0.0, 32))
 
 
+@pytest.fixture(scope="module")
+def screened(
+    plain: Small, split: Small, fitted: Fitted, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[Need, Small]:
+    """The same with cuts as one chooses them: the largest needs reach, 20 have it of themselves."""
+    folder = tmp_path_factory.mktemp("reach") / "split.fl"
+    far = with_screen(plain, folder, fitted, coarse=Cut(REACH, 505), fine=Cut(REACH, 32))
+    return {"likely": split, "largest": far}
+
+
 def logits(
     small: Small,
     ids: NDArray[np.int32],
@@ -71,9 +85,10 @@ def logits(
     *,
     threads: int = 2,
     exact_head: bool = False,
+    need: Need = "likely",
 ) -> Floats:
     with small.open(isa, threads=threads, exact_head=exact_head) as engine:
-        return all_logits(engine, engine.new_sequence(len(ids)), ids)
+        return all_logits(engine, engine.new_sequence(len(ids)), ids, need=need)
 
 
 def exact_blocks(got: Floats, full: Floats) -> NDArray[np.bool_]:
@@ -90,10 +105,14 @@ def test_exact_mode_has_the_bits_of_a_model_without_a_screen(plain: Small, split
     assert not np.array_equal(logits(split, ids), full)
 
 
-def test_it_computes_what_numpy_says_it_must(plain: Small, split: Small) -> None:
+@pytest.mark.parametrize(("need", "certain"), [("likely", SURE), ("largest", 1)])
+def test_it_computes_what_numpy_says_it_must(
+    plain: Small, screened: Mapping[Need, Small], need: Need, certain: int
+) -> None:
+    split = screened[need]
     ids = split.ids(N)
-    full, got = logits(plain, ids), logits(split, ids)
-    expected = estimates(split, states_of(plain, ids))
+    full, got = logits(plain, ids), logits(split, ids, need=need)
+    expected = estimates(split, states_of(plain, ids), certain)
     sure = expected.nearest > MARGINS  # no block stands on a bar
     assert sure.mean() > 0.3
     exact = exact_blocks(got, full)
@@ -105,16 +124,31 @@ def test_it_computes_what_numpy_says_it_must(plain: Small, split: Small) -> None
     assert np.abs(got - expected.final)[estimated].max() < MARGINS
 
 
-def test_no_estimate_is_the_largest(plain: Small, split: Small) -> None:
+@pytest.mark.parametrize("need", ["likely", "largest"])
+def test_no_estimate_is_the_largest(
+    plain: Small, screened: Mapping[Need, Small], need: Need
+) -> None:
+    split = screened[need]
     ids = split.ids(N)
-    full, got = logits(plain, ids), logits(split, ids)
+    full, got = logits(plain, ids), logits(split, ids, need=need)
     best = got.argmax(axis=1)
     assert np.array_equal(got.max(axis=1), full[np.arange(N), best])  # an exact value
     # Where errors stay within their margins, so it is the full head's too.
     within = (full.max(axis=1) - got.max(axis=1)) <= 0
     assert within.mean() >= 0.99
     assert np.array_equal(best[within], full.argmax(axis=1)[within])
-    assert kl_divergence(full, got).mean() < 0.02
+    if need == "likely":
+        assert kl_divergence(full, got).mean() < 0.02
+
+
+def test_the_largest_alone_takes_less(split: Small) -> None:
+    counts = {}
+    for need in NEEDS[:2]:
+        with split.open("plain") as engine:
+            all_logits(engine, engine.new_sequence(N), split.ids(N), need=need)
+            counts[need] = engine.head_counts
+    assert counts["largest"].estimated < 0.8 * counts["likely"].estimated
+    assert counts["largest"].exact < 0.8 * counts["likely"].exact
 
 
 def test_blocks_of_end_tokens_are_always_exact(plain: Small, split: Small) -> None:
@@ -137,7 +171,7 @@ def test_bits_do_not_depend_on_what_is_in_the_step(split: Small) -> None:
         for at in range(0, 40, 4):
             # Some compute in full, and the others must not notice.
             work = [
-                Work(s, ids[at : at + 4], "all", exact_head=i == 2)
+                Work(s, ids[at : at + 4], "all", NEEDS[i])
                 for i, (s, ids) in enumerate(zip(together, texts, strict=True))
             ]
             for i, row in enumerate(engine.step(work)):
@@ -145,7 +179,7 @@ def test_bits_do_not_depend_on_what_is_in_the_step(split: Small) -> None:
         for i, ids in enumerate(texts):
             sequence = engine.new_sequence(40)
             alone = [
-                engine.step([Work(sequence, [token], exact_head=i == 2)])[0].copy() for token in ids
+                engine.step([Work(sequence, [token], need=NEEDS[i])])[0].copy() for token in ids
             ]
             assert np.array_equal(alone, rows[i])
             sequence.release()
@@ -155,7 +189,7 @@ def test_a_row_that_asks_for_it_is_exact(plain: Small, split: Small) -> None:
     ids = split.ids(N)
     with split.open("plain") as engine:
         sequence = engine.new_sequence(N)
-        got = engine.step([Work(sequence, ids, "all", exact_head=True)]).copy()
+        got = engine.step([Work(sequence, ids, "all", "all")]).copy()
         assert engine.head_counts.rows == 0
     assert np.array_equal(got, logits(plain, ids))
 

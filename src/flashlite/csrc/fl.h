@@ -19,7 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FL_ABI 3
+#define FL_ABI 4
 #define FL_PAGE_TOKENS 32  /* tokens in one KV page */
 #define FL_MAX_BATCH 256   /* tokens in one step, */
 #define FL_MAX_TEXT 512    /* in one step of an encoder */
@@ -40,6 +40,13 @@ typedef enum {
     FL_BAD_WEIGHTS = 5,  /* the weights are not as long as this model's, or not aligned to 64 */
     FL_BAD_TARGET = 6,   /* the CPU lacks the instructions of this library */
 } fl_status;
+
+/* Which logits of a row have to be exact where the model has a screen; the others are estimates. */
+typedef enum {
+    FL_LIKELY = 0,  /* the 20 most likely, and what may lie near them: enough to draw from */
+    FL_ALL = 1,     /* every one, as with exact_head */
+    FL_LARGEST = 2, /* the largest alone: enough at temperature 0 */
+} fl_need;
 
 typedef struct fl_engine fl_engine;
 
@@ -69,7 +76,7 @@ typedef struct {
     uint32_t n_logits;          /* 0 .. n_tokens */
     const int32_t *logit_rows;  /* [n_logits], rows of this step that need logits */
     float *logits;              /* [n_logits][vocab] */
-    const uint8_t *exact;       /* [n_logits] 1: this row as with exact_head; NULL: none */
+    const uint8_t *needs;       /* [n_logits] an fl_need each; NULL: FL_LIKELY */
     float *hidden;              /* [n_logits][d_model] what the head reads, after the final norm;
                                    NULL: not wanted. Encoders: [n_sequences][d_model] */
 } fl_batch;

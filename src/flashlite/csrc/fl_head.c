@@ -13,7 +13,8 @@
  * error's standard deviation s. s^2 / 2 is taken off every estimate, so that the sum of their
  * exponentials is right. A cut keeps the rows whose estimate + 2 s reaches the bar, which lies
  * `reach` below the 20th largest estimate (first ones: of a block of 16 rows): so the 20 most likely
- * tokens are exact as far as errors stay within it. What is exact comes from the kernel and the
+ * tokens are exact as far as errors stay within it. Where only the largest logit is needed, the bar
+ * lies `reach` below the largest estimate, and a fifth as much passes. What is exact comes from the kernel and the
  * table of the full head, in whole blocks, and so has its bits. The best exact value must not lie
  * below a bar that the others did not reach: then no estimate is the largest, and by their margins
  * no value behind one is. Otherwise, and where more pass than a cut allows, the row goes through the
@@ -30,6 +31,10 @@
 #define MARGIN 2.0f /* standard deviations that a value may lie above its estimate */
 #define LOWEST -3.0e38f /* below every logit */
 #define LANES 16 /* partial sums of a float dot product: fixed, so that any vector width agrees */
+
+/* A function that only prefetches has no effect that gcc knows of: unless it is inlined, calls of it
+ * are left out. */
+#define INLINE static inline __attribute__((always_inline))
 
 /* Row i of the logits: quantized for the exact kernels; t->row holds it in floats. */
 static fl_act exact_input(fl_thread *t, int32_t i, size_t norm, float eps) {
@@ -204,14 +209,14 @@ __attribute__((noinline)) static float finish_block(float *restrict logits, int3
     return largest_of(lanes);
 }
 
-/* The FL_SURE-th largest estimate noted at this stage, or the smallest where there are fewer, less
- * the reach of its cut. */
-static float find_bar(const fl_engine *e, int stage, const fl_cut *cut) {
+/* The estimate at place `sure` of those noted at this stage, from the largest on, or the smallest
+ * where there are fewer, less the reach of its cut. */
+static float find_bar(const fl_engine *e, int stage, int32_t sure, const fl_cut *cut) {
     float peaks[FL_SURE], last = LOWEST;
     for (int32_t i = 0; i < FL_SURE; i++) peaks[i] = LOWEST;
     for (uint32_t k = 0; k < e->active; k++)
         for (int32_t i = 0; i < FL_SURE; i++) note_peak(peaks, e->threads[k].peaks[stage][i]);
-    for (int32_t i = 0; i < FL_SURE && peaks[i] > LOWEST; i++) last = peaks[i];
+    for (int32_t i = 0; i < sure && peaks[i] > LOWEST; i++) last = peaks[i];
     return last - cut->reach;
 }
 
@@ -244,8 +249,8 @@ static int reaches(float estimate, float margin, float spread, float bar) {
 
 /* First estimates of this thread's share of the blocks -> logits; rows that go on -> e->rows.
  * Returns how many do. */
-static int32_t estimate_first(fl_thread *t, float *logits, const fl_screen *s, float common,
-                              float norm, float *bar) {
+static int32_t estimate_first(fl_thread *t, float *logits, const fl_screen *s, int32_t sure,
+                              float common, float norm, float *bar) {
     fl_engine *e = t->engine;
     int32_t vocab = s->first.rows;
     fl_span mine = share(t, (vocab + FL_BLOCK_ROWS - 1) / FL_BLOCK_ROWS);
@@ -258,7 +263,7 @@ static int32_t estimate_first(fl_thread *t, float *logits, const fl_screen *s, f
         note_peak(t->peaks[0], e->tops[b]);
     }
     sync(t);
-    *bar = find_bar(e, 0, &s->coarse);
+    *bar = find_bar(e, 0, sure, &s->coarse);
     t->n_passing = 0;
     for (int32_t b = mine.first; b < mine.last; b++) {
         float margin = MARGIN * (fabs_float(spread[b]) * norm);
@@ -270,12 +275,28 @@ static int32_t estimate_first(fl_thread *t, float *logits, const fl_screen *s, f
     return collect(t, e->rows, s->coarse.limit);
 }
 
+/* Ask for memory before it is needed: what was chosen lies apart. */
+INLINE void fetch(const void *from, size_t bytes) {
+    const char *at = from;
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+    __builtin_prefetch(at + bytes - 1);
+}
+
+INLINE void fetch_row(const fl_linear *w, int32_t row) {
+    size_t groups = (size_t)w->groups;
+    fetch((const char *)w->codes + (size_t)row * groups * 16, groups * 16);
+    fetch(w->scales + (size_t)row * groups, groups * 2);
+}
+
 /* The second part keeps every row in one piece (16 bytes of codes per group, then the next group's;
  * scales likewise): n <= 16 rows that lie apart become a block as the kernels read it. Group by
  * group: row by row, stores would lie where the next loads do, but for the upper bits of their
- * addresses, and delay them fivefold. */
-static void gather_rows(const fl_thread *t, const fl_linear *w, const int32_t *rows, int32_t n) {
+ * addresses, and delay them fivefold. The rows behind these, `more` of them, are asked for meanwhile,
+ * a few at a time: a core waits for some twenty lines at once, and forgets what goes beyond. */
+static void gather_rows(const fl_thread *t, const fl_linear *w, const int32_t *rows, int32_t n,
+                        int32_t more) {
     size_t groups = (size_t)w->groups;
+    int32_t fetched = 0;
     for (size_t g = 0; g < groups; g++) {
         uint32_t *codes = t->block_codes + g * 4 * FL_BLOCK_ROWS;
         uint16_t *scales = t->block_scales + g * FL_BLOCK_ROWS;
@@ -285,21 +306,8 @@ static void gather_rows(const fl_thread *t, const fl_linear *w, const int32_t *r
             for (int32_t i = 0; i < 4; i++) codes[i * FL_BLOCK_ROWS + l] = row[i];
             scales[l] = w->scales[from];
         }
-    }
-}
-
-/* Ask for memory before it is needed: what was chosen lies apart. */
-static void fetch(const void *from, size_t bytes) {
-    const char *at = from;
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
-    __builtin_prefetch(at + bytes - 1);
-}
-
-static void fetch_rows(const fl_linear *w, const int32_t *rows, int32_t first, int32_t last) {
-    size_t groups = (size_t)w->groups;
-    for (int32_t k = first; k < last; k++) {
-        fetch((const char *)w->codes + (size_t)rows[k] * groups * 16, groups * 16);
-        fetch(w->scales + (size_t)rows[k] * groups, groups * 2);
+        for (; fetched * w->groups < more * ((int32_t)g + 1); fetched++)
+            fetch_row(w, rows[n + fetched]);
     }
 }
 
@@ -312,7 +320,7 @@ static int32_t next_block(const int32_t *rows, int32_t k, int32_t n) {
 /* Second estimates of the n rows of e->rows -> logits; their blocks that go on -> e->blocks.
  * Returns how many do. */
 static int32_t estimate_rest(fl_thread *t, int32_t i, float *logits, const fl_screen *s, int32_t n,
-                             float norm, float rest_norm, float *bar) {
+                             int32_t sure, float norm, float rest_norm, float *bar) {
     fl_engine *e = t->engine;
     fl_linear w = linear(t, &s->rest), block = w;
     block.rows = FL_BLOCK_ROWS;
@@ -328,9 +336,8 @@ static int32_t estimate_rest(fl_thread *t, int32_t i, float *logits, const fl_sc
     for (int32_t k = 0; k < FL_SURE; k++) t->peaks[1][k] = LOWEST;
     for (int32_t k = first; k < last; k += FL_BLOCK_ROWS) {
         int32_t end = k + FL_BLOCK_ROWS < last ? k + FL_BLOCK_ROWS : last;
-        if (k == first) fetch_rows(&w, rows, k, end);
-        fetch_rows(&w, rows, end, end + FL_BLOCK_ROWS < last ? end + FL_BLOCK_ROWS : last);
-        gather_rows(t, &w, rows + k, end - k);
+        int32_t more = last - end < FL_BLOCK_ROWS ? last - end : FL_BLOCK_ROWS;
+        gather_rows(t, &w, rows + k, end - k, more);
         e->kernels->gemv(t->gate, &block, 0, 1, &act);
         for (int32_t l = k; l < end; l++) {
             int32_t b = rows[l] / FL_BLOCK_ROWS;
@@ -342,7 +349,7 @@ static int32_t estimate_rest(fl_thread *t, int32_t i, float *logits, const fl_sc
         }
     }
     sync(t);
-    *bar = find_bar(e, 1, &s->fine);
+    *bar = find_bar(e, 1, sure, &s->fine);
     t->n_passing = 0;
     first = next_block(rows, first, n);
     last = next_block(rows, last, n);
@@ -356,7 +363,7 @@ static int32_t estimate_rest(fl_thread *t, int32_t i, float *logits, const fl_sc
     return collect(t, e->blocks, s->fine.limit);
 }
 
-static void fetch_block(const fl_linear *w, int32_t b) {
+INLINE void fetch_block(const fl_linear *w, int32_t b) {
     size_t groups = (size_t)w->groups, bytes = groups * fl_code_bytes(w->format);
     fetch((const char *)w->codes + (size_t)b * bytes, bytes);
     fetch(w->scales + (size_t)b * groups * FL_BLOCK_ROWS, groups * 2 * FL_BLOCK_ROWS);
@@ -387,20 +394,21 @@ static float compute_exact(fl_thread *t, float *logits, const fl_linear *w, int3
 static void split_row(fl_thread *t, int32_t i, size_t weight, float eps, const fl_linear *w,
                       const fl_screen *s) {
     fl_engine *e = t->engine;
-    int32_t d = FL_MODEL.d_model, coarse = 0, fine = 0;
+    uint8_t need = e->batch.needs ? e->batch.needs[i] : FL_LIKELY;
+    int32_t d = FL_MODEL.d_model, coarse = 0, fine = 0, sure = need == FL_LARGEST ? 1 : FL_SURE;
     float *logits = e->batch.logits + (size_t)i * (size_t)w->rows;
-    int wanted = e->batch.exact && e->batch.exact[i], full = 1;
+    int full = 1;
     float bar = LOWEST, second = LOWEST, norm = 0.0f;
-    if (!wanted) {
+    if (need != FL_ALL) {
         const float *x = e->screen_rows + (size_t)i * (size_t)d + s->first.cols;
         float common = dot(floats(t, s->mean), e->exact_rows + (size_t)i * (size_t)d, d);
         norm = length(x, s->rest.cols);
-        coarse = estimate_first(t, logits, s, common, norm, &bar);
+        coarse = estimate_first(t, logits, s, sure, common, norm, &bar);
         full = coarse == 0 || coarse > s->coarse.limit;
     }
     if (!full) {
         const float *x = e->screen_rows + (size_t)i * (size_t)d;
-        fine = estimate_rest(t, i, logits, s, coarse, norm, length(x, d), &second);
+        fine = estimate_rest(t, i, logits, s, coarse, sure, norm, length(x, d), &second);
         full = fine == 0 || fine > s->fine.limit;
     }
     fl_act act = exact_input(t, i, weight, eps);
@@ -412,7 +420,7 @@ static void split_row(fl_thread *t, int32_t i, size_t weight, float eps, const f
         fl_span mine = share(t, w->blocks);
         multiply_row(t, logits, w, mine.first, mine.last, &act);
     }
-    if (t->id || wanted) return;
+    if (t->id || need == FL_ALL) return;
     e->counts.rows++;
     e->counts.full += (uint64_t)full;
     e->counts.estimated += full ? 0 : (uint64_t)coarse;
@@ -422,9 +430,9 @@ static void split_row(fl_thread *t, int32_t i, size_t weight, float eps, const f
 /* Whether no row of this step is to be estimated. */
 static int is_exact(const fl_engine *e) {
     if (e->exact_head) return 1;
-    if (!e->batch.exact) return 0;
+    if (!e->batch.needs) return 0;
     for (uint32_t i = 0; i < e->batch.n_logits; i++)
-        if (!e->batch.exact[i]) return 0;
+        if (e->batch.needs[i] != FL_ALL) return 0;
     return 1;
 }
 

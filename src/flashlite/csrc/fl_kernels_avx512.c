@@ -583,6 +583,8 @@ typedef struct {
     int32_t *weights; /* [n_q][8 G] four s8 codes of probabilities times these, each */
     float *weight_scale; /* [n_q][G] */
     int8_t *k; /* [8][32][4] the partial last group of one page */
+    const int8_t *ahead; /* what is left of the next page, */
+    size_t left, step; /* bytes of it, and how many to ask for at a time */
 } attention;
 
 /* The next n * size bytes of scratch, aligned. */
@@ -622,6 +624,23 @@ static attention open_attention(const float *q, int32_t n_q, int32_t head_dim, v
         }
     }
     return a;
+}
+
+/* Ask for a part of the next page. All at once is more than a core waits for, and what goes beyond
+ * is forgotten. */
+INLINE void ask_ahead(attention *a) {
+    size_t bytes = a->left < a->step ? a->left : a->step;
+    for (size_t i = 0; i < bytes; i += 64) prefetch(a->ahead, i);
+    a->ahead += bytes;
+    a->left -= bytes;
+}
+
+/* The next page is asked for in as many steps as its predecessor's parts take. */
+static void look_ahead(attention *a, int32_t n_q, const int8_t *next, size_t bytes) {
+    size_t steps = (size_t)n_q / SCORE_QUERIES + (size_t)n_q + (size_t)a->groups;
+    a->ahead = next;
+    a->left = bytes;
+    a->step = (bytes / 64 + steps - 1) / steps * 64;
 }
 
 /* Copy the keys of a partial last group of the page to their padded place. */
@@ -666,9 +685,10 @@ INLINE void score_queries(int n, const attention *a, int32_t i, const page_view 
     }
 }
 
-static void score_page(const attention *a, int32_t n_q, const page_view *page, int32_t whole) {
+static void score_page(attention *a, int32_t n_q, const page_view *page, int32_t whole) {
     int32_t i = 0;
     for (; i + SCORE_QUERIES <= n_q; i += SCORE_QUERIES) {
+        ask_ahead(a);
         score_queries(SCORE_QUERIES, a, i, page, whole);
     }
     switch (n_q - i) {
@@ -780,8 +800,9 @@ INLINE void combine_queries(int n, const attention *a, int32_t i, size_t g, cons
     }
 }
 
-static void combine_page(const attention *a, int32_t n_q, const page_view *page, size_t head_dim) {
+static void combine_page(attention *a, int32_t n_q, const page_view *page, size_t head_dim) {
     for (size_t g = 0; g < (size_t)a->groups; g++) {
+        ask_ahead(a);
         int32_t i = 0;
         for (; i + COMBINE_QUERIES <= n_q; i += COMBINE_QUERIES) {
             combine_queries(COMBINE_QUERIES, a, i, g, page, head_dim);
@@ -805,7 +826,7 @@ INLINE uint32_t page_mask(int32_t base, int32_t first, int32_t last) {
     return low > high ? 0u : (0xffffffffu << low) & (0xffffffffu >> (31 - high));
 }
 
-static void attend_page(const attention *a, const fl_kv *kv, int32_t page_index, int32_t n_q,
+static void attend_page(attention *a, const fl_kv *kv, int32_t page_index, int32_t n_q,
                         const int32_t *first, const int32_t *last) {
     int32_t base = page_index * 32;
     page_view page = view_page(kv, page_index);
@@ -814,13 +835,16 @@ static void attend_page(const attention *a, const fl_kv *kv, int32_t page_index,
     if (seen == 0) return;
     if (kv->head_dim % FL_GROUP) copy_partial_group(a, &page, (size_t)kv->head_dim);
     score_page(a, n_q, &page, kv->head_dim / FL_GROUP);
-    for (int32_t i = 0; i < n_q; i++) softmax(a, i, mask[i]);
+    for (int32_t i = 0; i < n_q; i++) {
+        ask_ahead(a);
+        softmax(a, i, mask[i]);
+    }
     quantize_weights(a, n_q, &page, seen);
     combine_page(a, n_q, &page, (size_t)kv->head_dim);
 }
 
-static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
-                   const int32_t *last, void *scratch) {
+static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
+                   const int32_t *first, const int32_t *last, void *scratch) {
     attention a = open_attention(q, n_q, kv->head_dim, scratch);
     int32_t begin = INT32_MAX, end = -1;
     for (int32_t i = 0; i < n_q; i++) {
@@ -830,19 +854,18 @@ static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, con
     }
     size_t bytes = fl_kv_bytes(kv->head_dim, 0);
     for (int32_t page = begin / 32; end >= 0 && page <= end / 32; page++) {
-        if (page < end / 32) {
-            const int8_t *next = view_page(kv, page + 1).k;
-            for (size_t i = 0; i < bytes; i += 64) prefetch(next, i);
-        }
+        a.left = 0;
+        if (page < end / 32) look_ahead(&a, n_q, view_page(kv, page + 1).k, bytes);
         attend_page(&a, kv, page, n_q, first, last);
     }
     for (int32_t i = 0; i < n_q; i++, out += kv->head_dim) {
         const float *acc = a.acc + (size_t)i * (size_t)a.groups * FL_GROUP;
-        /* A query that sees nothing gets 0. */
-        float total = first[i] > last[i] ? 1.0f : fl_fold(a.lanes + i * 16);
+        float sum = fl_fold(a.lanes + i * 16);
+        float total = first[i] > last[i] ? 1.0f : sum; /* a query that sees nothing gets 0 */
+        if (mass) mass[i] = (fl_mass){.max = a.m[i], .sum = sum};
         for (int32_t c = 0; c < kv->head_dim; c += 16) {
-            __m512 sum = _mm512_div_ps(_mm512_loadu_ps(acc + c), _mm512_set1_ps(total));
-            _mm512_mask_storeu_ps(out + c, lanes(kv->head_dim - c), sum);
+            __m512 mean = _mm512_div_ps(_mm512_loadu_ps(acc + c), _mm512_set1_ps(total));
+            _mm512_mask_storeu_ps(out + c, lanes(kv->head_dim - c), mean);
         }
     }
 }

@@ -244,7 +244,7 @@ def _score(engine: Engine, timeline: Timeline, context: _Tokens, continuation: _
     total, greedy = 0.0, True
     for row in range(first, len(ids), _ROWS):
         part = ids[row : row + _ROWS]
-        logits = engine.step([Work(timeline, part, "all", exact_head=True)])
+        logits = engine.step([Work(timeline, part, "all", "all")])
         targets = np.array(continuation[row - first :][: len(part)])
         total += _log_likelihood(logits, targets)
         greedy &= bool((logits.argmax(axis=1) == targets).all())

@@ -69,7 +69,9 @@ def decode_seconds(engine: Engine, prompts: Seq[Seq[int]], n: int) -> float:
     tokens = [_append(engine, *pair) for pair in zip(sequences, prompts, strict=True)]
     start = time.perf_counter()
     for _ in range(n):
-        work = [Work(s, [token]) for s, token in zip(sequences, tokens, strict=True)]
+        work = [
+            Work(s, [token], need="largest") for s, token in zip(sequences, tokens, strict=True)
+        ]
         tokens = np.argmax(engine.step(work), axis=1).tolist()
     seconds = time.perf_counter() - start
     for sequence in sequences:
@@ -82,4 +84,4 @@ def _append(engine: Engine, sequence: Sequence, ids: Seq[int]) -> int:
     last = (len(ids) - 1) // MAX_BATCH * MAX_BATCH
     for at in range(0, last, MAX_BATCH):
         engine.step([Work(sequence, ids[at : at + MAX_BATCH], "none")])
-    return int(np.argmax(engine.step([Work(sequence, ids[last:])])[0]))
+    return int(np.argmax(engine.step([Work(sequence, ids[last:], need="largest")])[0]))

@@ -91,7 +91,7 @@ class Runner:
         self, timeline: Sequence, ids: NDArray[np.int32], sampler: Sampler | None
     ) -> tuple[Step, int]:
         position, token = timeline.length, 0
-        work = [Work(timeline, ids, "none" if sampler is None else "last")]
+        work = [Work(timeline, ids, "none" if sampler is None else "last", "largest")]
         start = time.perf_counter_ns()
         logits = self.engine.step(work)
         returned = end = time.perf_counter_ns()

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from flashlite.errors import ContextOverflow, EngineError, UsageError
 from flashlite.runtime.kvpages import PagePool, PageTable, pages_for
-from flashlite.runtime.library import ABI, MAX_BATCH, PAGE_TOKENS, CBatch, COptions, Library
+from flashlite.runtime.library import (
+    ABI,
+    MAX_BATCH,
+    NEEDS,
+    PAGE_TOKENS,
+    CBatch,
+    COptions,
+    Library,
+    Need,
+)
 
 __all__ = ["Engine", "HeadCounts", "Sequence", "Work", "default_threads"]
 
@@ -88,7 +97,7 @@ class Work:
     sequence: Sequence
     ids: Seq[int] | NDArray[np.int32]
     logits: Literal["none", "last", "all"] = "last"
-    exact_head: bool = False  # compute every logit, also where the model has a screen
+    need: Need = "likely"
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,7 @@ class Engine:
         self._positions = np.zeros(MAX_BATCH, np.int32)
         self._sequences = np.zeros(MAX_BATCH, np.int32)
         self._logit_rows = np.zeros(MAX_BATCH, np.int32)
-        self._exact = np.zeros(MAX_BATCH, np.uint8)
+        self._needs = np.zeros(MAX_BATCH, np.uint8)
         self._pages = np.zeros((max_sequences, self.pool.n_pages), np.int32)
         self._logits = np.zeros((max_sequences + max_draft, self.vocab_size), np.float32)
 
@@ -258,7 +267,7 @@ class Engine:
             n_logits=rows,
             logit_rows=self._logit_rows.ctypes.data,
             logits=logits.ctypes.data,
-            exact=self._exact.ctypes.data,
+            needs=self._needs.ctypes.data,
             hidden=None if hidden is None else hidden.ctypes.data,
         )
         self.library.step(self._handle, batch)
@@ -316,7 +325,7 @@ class Engine:
             held = sequence.table.ids
             self._pages[index, : len(held)] = held
             wanted = {"none": 0, "last": 1, "all": count}[item.logits]
-            self._exact[rows : rows + wanted] = item.exact_head
+            self._needs[rows : rows + wanted] = NEEDS[item.need]
             self._logit_rows[rows : rows + wanted] = np.arange(end - wanted, end)
             rows += wanted
             n = end

@@ -13,6 +13,7 @@ from flashlite.checkpoint.tokenizer import StreamDecoder
 from flashlite.errors import EngineError
 from flashlite.runtime.engine import Sequence
 from flashlite.runtime.grammar import Guide
+from flashlite.runtime.library import Need
 from flashlite.runtime.sampler import Drawn, Sampler
 from flashlite.runtime.sampling import SamplingParams, StopStrings
 from flashlite.runtime.speculate import Drafter
@@ -65,6 +66,6 @@ class Generation:
         return 0 if self.sequence is None else min(self.sequence.length, len(self.prompt))
 
     @property
-    def exact(self) -> bool:
-        """Whether any token's logit may be asked for, so that none can be an estimate."""
-        return self.guide is not None or self.params.needs_exact_logits
+    def need(self) -> Need:
+        """Which logits may not be estimates; all where a grammar may leave any token alone."""
+        return "all" if self.guide is not None else self.params.need

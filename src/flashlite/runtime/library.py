@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ __all__ = [
     "MARK",
     "MARKS",
     "MAX_BATCH",
+    "NEEDS",
     "PAGE_TOKENS",
     "CBatch",
     "CDraw",
@@ -25,16 +28,23 @@ __all__ = [
     "COptions",
     "CSampling",
     "Library",
+    "Need",
     "load_library",
 ]
 
 # As in fl.h; the library repeats them in fl_describe and is refused when it disagrees.
-ABI = 3
+ABI = 4
 MAX_BATCH = 256
 PAGE_TOKENS = 32
 MARKS = 16384  # that a thread of a profiled library keeps
 MARK = np.dtype([("end", "<u8"), ("waited", "<u4"), ("part", "<u2"), ("layer", "<u2")])
 """`fl_mark`: a part of a step ended."""
+
+Need = Literal["likely", "all", "largest"]
+"""Which logits of a row have to be exact where the model has a screen (`fl_need`): those that a
+draw can reach, every one, or the largest alone. The others are estimates.
+"""
+NEEDS: Mapping[Need, int] = {"likely": 0, "all": 1, "largest": 2}
 
 
 class COptions(ctypes.Structure):
@@ -65,7 +75,7 @@ class CBatch(ctypes.Structure):
         ("n_logits", c_uint32),
         ("logit_rows", c_void_p),
         ("logits", c_void_p),
-        ("exact", c_void_p),
+        ("needs", c_void_p),
         ("hidden", c_void_p),
     ]
 

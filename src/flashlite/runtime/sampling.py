@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flashlite.errors import UsageError
+from flashlite.runtime.library import Need
 
 __all__ = ["MAX_LOGPROBS", "SamplingParams", "StopStrings"]
 
@@ -58,15 +59,20 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; 0: of the chosen token; n: of the n likeliest too
 
     @property
-    def needs_exact_logits(self) -> bool:
-        """Whether any token's logit may be asked for or raised, so that none can be an estimate."""
-        return (
+    def need(self) -> Need:
+        """Which logits may not be estimates: all where any may be asked for or raised, the largest
+        where no other can be drawn.
+        """
+        if (
             self.logprobs is not None
-            or bool(self.logit_bias)
+            or self.logit_bias
             or self.repetition_penalty < 1
             or self.presence_penalty < 0
             or self.frequency_penalty < 0
-        )
+        ):
+            return "all"
+        lowers = self.repetition_penalty > 1 or self.presence_penalty or self.frequency_penalty
+        return "likely" if self.temperature > 0 or lowers else "largest"
 
     def check(self, vocab_size: int | None = None) -> None:
         """Refuse what no sampler could honour.

@@ -253,7 +253,7 @@ class Scheduler:
         if len(ids) < len(pending):
             return Work(sequence, ids, "none")
         draft = [] if beside is None or len(ids) > 1 else self._draft(generation, beside)
-        return Work(sequence, [*ids, *draft], "all" if draft else "last", generation.exact)
+        return Work(sequence, [*ids, *draft], "all" if draft else "last", generation.need)
 
     def _plan_prefill(self, generation: Generation, most: int) -> Work:
         """The next prompt tokens; the last ones together with what the grammar puts first."""
@@ -264,7 +264,7 @@ class Scheduler:
         end = min(done + most, last)
         opening = generation.opening[max(done - len(prompt), 0) : max(end - len(prompt), 0)]
         ids = [*prompt[done:end].tolist(), *opening]
-        return Work(sequence, ids, "last" if end == last else "none", generation.exact)
+        return Work(sequence, ids, "last" if end == last else "none", generation.need)
 
     def _draft(self, generation: Generation, beside: int) -> list[int]:
         """What to check beside the pending token; never more than the answer has room for."""

@@ -177,9 +177,9 @@ static fl_batch any_batch(fz_input *in, int hostile) {
     b.tokens = tokens, b.positions = positions, b.sequences = sequences, b.pages = pages;
     b.logit_rows = logit_rows;
     if (fz_below(in, 2)) {
-        uint8_t *exact = fz_get(n_logits);
-        for (size_t i = 0; i < n_logits; i++) exact[i] = (uint8_t)fz_below(in, 2);
-        b.exact = exact;
+        uint8_t *needs = fz_get(n_logits);
+        for (size_t i = 0; i < n_logits; i++) needs[i] = (uint8_t)fz_below(in, 4);
+        b.needs = needs;
     }
     return b;
 }
