@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TokenizerError,
         UnknownModel,
         UnsupportedModel,
+        UnsupportedSchema,
         UnsupportedTarget,
         UsageError,
     )
@@ -68,6 +69,7 @@ __all__ = [
     "TokenizerError",
     "UnknownModel",
     "UnsupportedModel",
+    "UnsupportedSchema",
     "UnsupportedTarget",
     "UsageError",
     "__version__",

@@ -3,7 +3,8 @@
     FlashliteError
     ├── UsageError              a flag or argument that cannot be honoured            exit 2
     │   ├── BodyError           a field of a request that cannot be honoured
-    │   └── UnknownModel        a request for a model that is not served
+    │   ├── UnknownModel        a request for a model that is not served
+    │   └── UnsupportedSchema   a JSON schema or grammar that cannot be enforced
     ├── PullError               a model could not be fetched
     ├── CheckpointError         a file that is not what it says (offset, value, limit)
     │   └── UnsupportedModel    an architecture or tensor type flashlite does not know
@@ -51,6 +52,7 @@ __all__ = [
     "TokenizerError",
     "UnknownModel",
     "UnsupportedModel",
+    "UnsupportedSchema",
     "UnsupportedTarget",
     "UsageError",
 ]
@@ -91,6 +93,24 @@ class UnknownModel(UsageError):
     def __init__(self, name: str, known: Sequence[str]) -> None:
         self.name = name
         super().__init__(f"model {_short(name)!r} is not served here; use {' or '.join(known)}")
+
+
+class UnsupportedSchema(UsageError):
+    """A JSON schema or grammar that cannot be enforced exactly.
+
+    Attributes:
+        feature: what it asks for.
+        at: JSON pointer to where, "" where it is not known.
+    """
+
+    def __init__(self, feature: str, at: str = "") -> None:
+        self.feature = feature
+        self.at = at
+        where = f" at {_short(at)}" if at else ""
+        super().__init__(
+            f"unsupported schema: {_short(feature)}{where} cannot be enforced; leave it out, or "
+            "say it with other keywords"
+        )
 
 
 class PullError(FlashliteError):

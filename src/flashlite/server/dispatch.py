@@ -89,6 +89,7 @@ class Dispatch:
         self,
         prompt: Sequence[int],
         params: SamplingParams,
+        grammar: Grammar | None = None,
         *,
         client: str = "",
         arrived: float | None = None,
@@ -99,6 +100,7 @@ class Dispatch:
         Args:
             prompt: token ids.
             params: how to draw.
+            grammar: what the answer must be, of this model's vocabulary.
             client: who shares the server: the id of a key, or an address.
             arrived: when its head was read, in seconds of the clock; None: now.
             deadline: when its last byte must be written; None: best effort.
@@ -106,7 +108,7 @@ class Dispatch:
         Raises:
             ContextOverflow, MemoryCeiling, UsageError: the request cannot be run.
         """
-        generation = self._scheduler.prepare(prompt, params)
+        generation = self._scheduler.prepare(prompt, params, grammar, client=client)
         at = self._clock() if arrived is None else arrived
         key = next(self._keys)
         return Ticket(generation, Request(key, client, len(prompt), generation.room, at, deadline))

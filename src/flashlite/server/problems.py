@@ -1,6 +1,6 @@
 """What went wrong, before any protocol says it in its own way.
 
-    FlashliteError ── problem_of ──> Problem ── a protocol's `refusal` ──> wire
+FlashliteError ── problem_of ──> Problem ── a protocol's `refusal` ──> wire
 """
 
 from __future__ import annotations
