@@ -21,6 +21,7 @@ import uvicorn
 from flashlite.runtime.model import load
 from flashlite.server.app import create_app
 from flashlite.server.pace import Shape
+from flashlite.server.registry import Registry
 from flashlite.server.timing import Timing
 
 CHAT = "/v1/chat/completions"
@@ -47,7 +48,7 @@ def served(smollm2_gguf: Path) -> Iterator[Served]:
     """SmolLM2 with four slots; the timing of every answer is kept."""
     model = load(smollm2_gguf, max_sequences=4, max_sequence_length=1024)
     timings: list[Timing] = []
-    app = create_app(model, report=timings.append)
+    app = create_app(Registry([model]), report=timings.append)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,7 +58,7 @@ def served(smollm2_gguf: Path) -> Iterator[Served]:
     while not server.started:
         time.sleep(0.01)
     steps: list[float] = []
-    pace = app.state.worker.dispatch.deadlines.pace
+    pace = next(iter(app.state.flashlite.workers.values())).dispatch.deadlines.pace
     learn = pace.note
 
     def note(shape: Shape, seconds: float) -> None:
