@@ -237,7 +237,7 @@ def test_a_json_object_is_forced(client: httpx.Client) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "S", "schema": schema}}
     body = client.post(CHAT, json=ask(response_format=wanted, max_tokens=64)).json()
     assert json.loads(body["choices"][0]["message"]["content"])["a"] in ("x", "y")
-    wanted["json_schema"]["schema"] = {"not": {"type": "object"}}  # type: ignore[index]
+    wanted["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}  # type: ignore[index]
     refused = client.post(CHAT, json=ask(response_format=wanted))
     assert refused.status_code == 400
     assert "unsupported schema" in refused.json()["error"]["message"]
@@ -254,3 +254,27 @@ def test_a_model_is_found_by_its_name(client: httpx.Client) -> None:
     (entry,) = client.get("/v1/models").json()["models"]
     assert client.get(f"/v1/models/{entry['id']}").json() == entry
     assert client.get("/models/some%2Fother:1").json()["error"]["code"] == "model_not_found"
+
+
+def test_completions_continue_texts_and_ids(client: httpx.Client) -> None:
+    asked = {"prompt": ["once", "upon a"], "n": 2, "seed": 1, "max_tokens": 5, "echo": True}
+    body = client.post("/v1/completions", json=asked).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    begins = [choice["text"][:4] for choice in body["choices"]]
+    assert begins == ["once", "once", "upon", "upon"]
+    streamed = events(client.post("/v1/completions", json=asked | {"stream": True}).text)
+    texts = ["", "", "", ""]
+    for chunk in streamed:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == [choice["text"] for choice in body["choices"]]
+    ids = {"prompt": [5, 6, 7], "logprobs": 2, "max_tokens": 3, "temperature": 0}
+    (choice,) = client.post("/v1/completions", json=ids).json()["choices"]
+    assert len(choice["logprobs"]["tokens"]) <= 3
+    refused = client.post("/v1/completions", json=asked | {"suffix": "x"})
+    assert refused.json()["error"]["param"] == "suffix"
+
+
+def test_embeddings_without_an_encoder_name_the_flag(client: httpx.Client) -> None:
+    reply = client.post("/v1/embeddings", json={"input": "a"})
+    assert reply.status_code == 400
+    assert "--embed" in reply.json()["error"]["message"]

@@ -10,7 +10,9 @@ from starlette.routing import Route
 
 from flashlite.errors import FlashliteError, UnknownModel
 from flashlite.server.answer import answer
+from flashlite.server.openai.completions import completions
 from flashlite.server.openai.decode import chat_ask, read_chat
+from flashlite.server.openai.embeddings import embeddings
 from flashlite.server.openai.encode import ChatWire
 from flashlite.server.openai.refusal import refusal
 from flashlite.server.problems import problem_of
@@ -28,6 +30,8 @@ def routes() -> list[Route]:
         for prefix in ("/v1", "")
         for route in (
             Route(f"{prefix}/chat/completions", _chat, methods=["POST"]),
+            Route(f"{prefix}/completions", completions, methods=["POST"]),
+            Route(f"{prefix}/embeddings", embeddings, methods=["POST"]),
             Route(f"{prefix}/models", _models),
             Route(f"{prefix}/models/{{name:path}}", _model),
         )
