@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashlite.errors import UsageError
-from flashlite.server import openai
+from flashlite.server import openai, texts
 from flashlite.server.config import LOOPBACK, ServerConfig
 from flashlite.server.openai.refusal import refusal
 from flashlite.server.problems import Problem
@@ -25,7 +25,7 @@ from flashlite.server.registry import Registry
 from flashlite.server.state import State
 from flashlite.server.timing import Stopwatch, Timing
 
-__all__ = ["Guard", "create_app", "memory_of", "serve"]
+__all__ = ["Guard", "RequestId", "create_app", "memory_of", "serve"]
 
 _BODY_GROWTH = 6  # the body, what it decodes to (4 bytes a character at worst), a chat of it
 _CONNECTION = 48 << 10  # bytes of one connection: transport, parser, task
@@ -67,7 +67,12 @@ def create_app(
         app.state.flashlite.close()
 
     app = Starlette(
-        routes=[*openai.routes(), Route("/health", _health), Route("/v1/health", _health)],
+        routes=[
+            *openai.routes(),
+            *texts.routes(),
+            Route("/health", _health),
+            Route("/v1/health", _health),
+        ],
         middleware=[
             Middleware(Stopwatch, written),
             Middleware(RequestId),

@@ -14,7 +14,7 @@ from flashlite.errors import BodyError
 from flashlite.server.bodies import Name, Text, decode, sampling
 from flashlite.server.exchange import Ask, Format, Tool, ToolCall, ToolChoice, Turn
 
-__all__ = ["ChatRequest", "chat_ask", "read_chat"]
+__all__ = ["ChatRequest", "StreamOptions", "chat_ask", "read_chat"]
 
 _ToolName = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
