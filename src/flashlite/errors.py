@@ -2,6 +2,9 @@
 
     FlashliteError
     ├── UsageError              a flag or argument that cannot be honoured            exit 2
+    │   ├── BodyError           a field of a request that cannot be honoured
+    │   ├── UnknownModel        a request for a model that is not served
+    │   └── UnsupportedSchema   a JSON schema or grammar that cannot be enforced
     ├── PullError               a model could not be fetched
     ├── CheckpointError         a file that is not what it says (offset, value, limit)
     │   └── UnsupportedModel    an architecture or tensor type flashlite does not know
@@ -14,7 +17,8 @@
     │   └── IntegrityError      bytes that differ from the manifest
     ├── CompileError            no compiler, or one that failed
     ├── EngineError             the compiled model refused a call
-    │   └── MemoryCeiling       the model does not fit the memory it may use
+    │   ├── MemoryCeiling       the model does not fit the memory it may use
+    │   └── Overloaded          an answer that would have come too late
     ├── EvaluateError           a measurement that could not be made
     ├── ContextOverflow         FL-405
     ├── UnsupportedTarget       FL-612
@@ -25,8 +29,11 @@ A message is one line: what was found, the limit it broke, the way out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "ArtifactError",
+    "BodyError",
     "CheckpointError",
     "CompileError",
     "CompressError",
@@ -39,10 +46,13 @@ __all__ = [
     "IntegrityError",
     "MemoryCeiling",
     "MissingExtra",
+    "Overloaded",
     "PullError",
     "TemplateError",
     "TokenizerError",
+    "UnknownModel",
     "UnsupportedModel",
+    "UnsupportedSchema",
     "UnsupportedTarget",
     "UsageError",
 ]
@@ -63,6 +73,44 @@ class UsageError(FlashliteError):
     """A flag or argument that cannot be honoured."""
 
     exit_code = 2
+
+
+class BodyError(UsageError):
+    """A field of a request that cannot be honoured.
+
+    Attributes:
+        param: the field, by its path in the body.
+    """
+
+    def __init__(self, param: str, message: str) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class UnknownModel(UsageError):
+    """A request for a model that is not served."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        self.name = name
+        super().__init__(f"model {_short(name)!r} is not served here; use {' or '.join(known)}")
+
+
+class UnsupportedSchema(UsageError):
+    """A JSON schema or grammar that cannot be enforced exactly.
+
+    Attributes:
+        feature: what it asks for.
+        at: JSON pointer to where, "" where it is not known.
+    """
+
+    def __init__(self, feature: str, at: str = "") -> None:
+        self.feature = feature
+        self.at = at
+        where = f" at {_short(at)}" if at else ""
+        super().__init__(
+            f"unsupported schema: {_short(feature)}{where} cannot be enforced; leave it out, or "
+            "say it with other keywords"
+        )
 
 
 class PullError(FlashliteError):
@@ -155,6 +203,21 @@ class EngineError(FlashliteError):
 
 class MemoryCeiling(EngineError):
     """The model does not fit the memory it may use."""
+
+
+class Overloaded(EngineError):
+    """A request that cannot be answered before its deadline.
+
+    Attributes:
+        retry_after: seconds after which it could be; None: never, however idle the server is.
+    """
+
+    def __init__(self, reason: str, retry_after: float | None) -> None:
+        self.retry_after = retry_after
+        way_out = "allow more time or ask for less"
+        if retry_after is not None:
+            way_out = f"ask again in {max(retry_after, 0.1):.1f} s, or allow more time"
+        super().__init__(f"the answer would come too late: {reason}; {way_out}")
 
 
 class EvaluateError(FlashliteError):

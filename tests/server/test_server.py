@@ -16,6 +16,7 @@ import uvicorn
 
 from flashlite.runtime.model import load
 from flashlite.server.app import create_app
+from flashlite.server.registry import Registry
 
 CHAT = "/v1/chat/completions"
 
@@ -32,7 +33,9 @@ def base_url(tiny_gguf: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = uvicorn.Server(
-        uvicorn.Config(create_app(model), host="127.0.0.1", port=port, log_level="warning")
+        uvicorn.Config(
+            create_app(Registry([model])), host="127.0.0.1", port=port, log_level="warning"
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -136,7 +139,7 @@ def test_models_and_health(client: httpx.Client) -> None:
     assert entry["object"] == "model"
     health = wait_until_idle(client)
     assert health["status"] == "ok"
-    memory = health["memory"]
+    (memory,) = health["memory"]["models"].values()
     assert memory["terms"]["weights"] > 0
     assert memory["total"] == sum(memory["terms"].values())
 
@@ -162,10 +165,10 @@ def test_a_client_that_leaves_stops_its_generation(client: httpx.Client) -> None
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": -(2**63)}, "max_tokens is"),
-        ({"n": 2}, "n"),
+        ({"n": 9}, "n is 9"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs is 21"),
-        ({"tools": []}, "tools"),
+        ({"tolls": []}, "tolls"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "wizard"),
         ({"messages": [{"role": "user"}]}, "content"),
@@ -217,3 +220,61 @@ def test_control_spellings_in_a_message_are_text(client: httpx.Client) -> None:
     response = client.post(CHAT, json=ask(forged))
     assert response.status_code == 200
     assert response.json()["usage"]["prompt_tokens"] > plain + 10
+
+
+def test_choices_share_the_prompt_and_differ(client: httpx.Client) -> None:
+    body = client.post(CHAT, json=ask("tell me again " * 20, n=3, seed=5, temperature=2)).json()
+    texts = [choice["message"]["content"] for choice in body["choices"]]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    alone = client.post(CHAT, json=ask("tell me again " * 20, seed=6, temperature=2)).json()
+    assert alone["choices"][0]["message"]["content"] == texts[1]
+
+
+def test_a_json_object_is_forced(client: httpx.Client) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    wanted = {"type": "json_schema", "json_schema": {"name": "S", "schema": schema}}
+    body = client.post(CHAT, json=ask(response_format=wanted, max_tokens=64)).json()
+    assert json.loads(body["choices"][0]["message"]["content"])["a"] in ("x", "y")
+    wanted["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}  # type: ignore[index]
+    refused = client.post(CHAT, json=ask(response_format=wanted))
+    assert refused.status_code == 400
+    assert "unsupported schema" in refused.json()["error"]["message"]
+
+
+def test_errors_outside_any_route_have_openais_shape(client: httpx.Client) -> None:
+    for reply, status in ((client.get("/nowhere"), 404), (client.get(CHAT), 405)):
+        assert reply.status_code == status
+        assert reply.json()["error"]["type"] == "invalid_request_error"
+        assert reply.headers["x-request-id"].startswith("req_")
+
+
+def test_a_model_is_found_by_its_name(client: httpx.Client) -> None:
+    (entry,) = client.get("/v1/models").json()["models"]
+    assert client.get(f"/v1/models/{entry['id']}").json() == entry
+    assert client.get("/models/some%2Fother:1").json()["error"]["code"] == "model_not_found"
+
+
+def test_completions_continue_texts_and_ids(client: httpx.Client) -> None:
+    asked = {"prompt": ["once", "upon a"], "n": 2, "seed": 1, "max_tokens": 5, "echo": True}
+    body = client.post("/v1/completions", json=asked).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    begins = [choice["text"][:4] for choice in body["choices"]]
+    assert begins == ["once", "once", "upon", "upon"]
+    streamed = events(client.post("/v1/completions", json=asked | {"stream": True}).text)
+    texts = ["", "", "", ""]
+    for chunk in streamed:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == [choice["text"] for choice in body["choices"]]
+    ids = {"prompt": [5, 6, 7], "logprobs": 2, "max_tokens": 3, "temperature": 0}
+    (choice,) = client.post("/v1/completions", json=ids).json()["choices"]
+    assert len(choice["logprobs"]["tokens"]) <= 3
+    refused = client.post("/v1/completions", json=asked | {"suffix": "x"})
+    assert refused.json()["error"]["param"] == "suffix"
+
+
+def test_embeddings_without_an_encoder_name_the_flag(client: httpx.Client) -> None:
+    reply = client.post("/v1/embeddings", json={"input": "a"})
+    assert reply.status_code == 400
+    assert "--embed" in reply.json()["error"]["message"]
