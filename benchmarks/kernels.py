@@ -118,6 +118,7 @@ def attend_time(kernels: h.Kernels, queries: int, seconds: float) -> float:
         for _ in range(20):
             kernels.table.attend(
                 out.ctypes.data,
+                None,
                 kv,
                 queries,
                 q.ctypes.data,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flashlite.checkpoint.pull import Pulled, pull
     from flashlite.errors import (
         ArtifactError,
+        BodyError,
         CheckpointError,
         CompileError,
         CompressError,
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
         PullError,
         TemplateError,
         TokenizerError,
+        UnknownModel,
         UnsupportedModel,
+        UnsupportedSchema,
         UnsupportedTarget,
         UsageError,
     )
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "ArtifactError",
+    "BodyError",
     "CheckpointError",
     "CompileError",
     "CompressError",
@@ -63,7 +67,9 @@ __all__ = [
     "SamplingParams",
     "TemplateError",
     "TokenizerError",
+    "UnknownModel",
     "UnsupportedModel",
+    "UnsupportedSchema",
     "UnsupportedTarget",
     "UsageError",
     "__version__",

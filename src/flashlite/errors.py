@@ -2,6 +2,9 @@
 
     FlashliteError
     ├── UsageError              a flag or argument that cannot be honoured            exit 2
+    │   ├── BodyError           a field of a request that cannot be honoured
+    │   ├── UnknownModel        a request for a model that is not served
+    │   └── UnsupportedSchema   a JSON schema or grammar that cannot be enforced
     ├── PullError               a model could not be fetched
     ├── CheckpointError         a file that is not what it says (offset, value, limit)
     │   └── UnsupportedModel    an architecture or tensor type flashlite does not know
@@ -26,8 +29,11 @@ A message is one line: what was found, the limit it broke, the way out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "ArtifactError",
+    "BodyError",
     "CheckpointError",
     "CompileError",
     "CompressError",
@@ -44,7 +50,9 @@ __all__ = [
     "PullError",
     "TemplateError",
     "TokenizerError",
+    "UnknownModel",
     "UnsupportedModel",
+    "UnsupportedSchema",
     "UnsupportedTarget",
     "UsageError",
 ]
@@ -65,6 +73,44 @@ class UsageError(FlashliteError):
     """A flag or argument that cannot be honoured."""
 
     exit_code = 2
+
+
+class BodyError(UsageError):
+    """A field of a request that cannot be honoured.
+
+    Attributes:
+        param: the field, by its path in the body.
+    """
+
+    def __init__(self, param: str, message: str) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class UnknownModel(UsageError):
+    """A request for a model that is not served."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        self.name = name
+        super().__init__(f"model {_short(name)!r} is not served here; use {' or '.join(known)}")
+
+
+class UnsupportedSchema(UsageError):
+    """A JSON schema or grammar that cannot be enforced exactly.
+
+    Attributes:
+        feature: what it asks for.
+        at: JSON pointer to where, "" where it is not known.
+    """
+
+    def __init__(self, feature: str, at: str = "") -> None:
+        self.feature = feature
+        self.at = at
+        where = f" at {_short(at)}" if at else ""
+        super().__init__(
+            f"unsupported schema: {_short(feature)}{where} cannot be enforced; leave it out, or "
+            "say it with other keywords"
+        )
 
 
 class PullError(FlashliteError):

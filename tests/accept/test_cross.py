@@ -60,6 +60,7 @@ def test_arm_gives_the_same_greedy_tokens(artifact: Artifact, tmp_path: Path) ->
     load_weights(artifact).tofile(weights)
     sources = [
         "fl_engine.c",
+        "fl_attention.c",
         "fl_encoder.c",
         "fl_head.c",
         "fl_ops.c",

@@ -194,7 +194,13 @@ def _engine_units(model: Model | None, folder: Path) -> list[_Unit]:
         "-Dfl_os_runs=fz_os_runs",
     )
     engine = _Unit(h.CSRC / "fl_engine.c", ("-DFL_KERNELS=(*fz_engine_table)", *system))
-    own = (h.CSRC / "fl_encoder.c", h.CSRC / "fl_head.c", h.CSRC / "fl_ops.c", h.FUZZ / "engine.c")
+    own = (
+        h.CSRC / "fl_attention.c",
+        h.CSRC / "fl_encoder.c",
+        h.CSRC / "fl_head.c",
+        h.CSRC / "fl_ops.c",
+        h.FUZZ / "engine.c",
+    )
     return [engine, *map(_Unit, own), *_model_files(model, folder)]
 
 
@@ -226,7 +232,7 @@ def random_program(folder: Path, names: Sequence[str], model: Model | None) -> P
 
 def pool_program(folder: Path, model: Model, name: str) -> Path:
     """Under the thread sanitizer: `pool SECONDS`. `name`: the table that the model names."""
-    files = ("fl_encoder.c", "fl_engine.c", "fl_head.c", "fl_ops.c", "fl_os.c")
+    files = ("fl_attention.c", "fl_encoder.c", "fl_engine.c", "fl_head.c", "fl_ops.c", "fl_os.c")
     units = [*(_Unit(h.CSRC / file) for file in files), _Unit(h.FUZZ / "pool_main.c")]
     tables = {h.TABLES[each].source: h.TABLES[each] for each in ("plain", name)}
     units += [_Unit(h.CSRC / table.source, table.flags) for table in tables.values()]

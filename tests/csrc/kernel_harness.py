@@ -181,7 +181,7 @@ class CKernels(ctypes.Structure):
         ("gemv", ctypes.CFUNCTYPE(None, _P, _LINEAR, _I, _I, _ACT)),
         ("gemm", ctypes.CFUNCTYPE(None, _P, ctypes.c_size_t, _LINEAR, _I, _I, _ACT, _P)),
         ("store_kv", ctypes.CFUNCTYPE(None, _KV, _I, _P, _P)),
-        ("attend", ctypes.CFUNCTYPE(None, _P, _KV, _I, _P, _P, _P, _P)),
+        ("attend", ctypes.CFUNCTYPE(None, _P, _P, _KV, _I, _P, _P, _P, _P)),
         ("rmsnorm", ctypes.CFUNCTYPE(None, _P, _P, _P, _I, _F)),
         ("silu_mul", ctypes.CFUNCTYPE(None, _P, _P, _P, _I)),
         ("gelu_mul", ctypes.CFUNCTYPE(None, _P, _P, _P, _I)),
@@ -473,12 +473,19 @@ class Kernels:
 
     def attend(self, pages: Pages, q: F32, first: npt.ArrayLike, last: npt.ArrayLike) -> F32:
         """q [n_q, head_dim], first and last [n_q]."""
+        return self.attend_parts(pages, q, first, last)[0]
+
+    def attend_parts(
+        self, pages: Pages, q: F32, first: npt.ArrayLike, last: npt.ArrayLike
+    ) -> tuple[F32, F32]:
+        """The same, and the maximum and sum of every softmax, [n_q, 2]."""
         q = np.ascontiguousarray(q, np.float32)
         low, high = (np.ascontiguousarray(a, np.int32) for a in (first, last))
-        out = np.full_like(q, np.nan)
+        out, mass = np.full_like(q, np.nan), np.full((len(q), 2), np.nan, np.float32)
         scratch = aligned(32 * ((pages.head_dim + 32) * 8 + 512) + 12288, np.uint8)
         self.table.attend(
             out.ctypes.data,
+            mass.ctypes.data,
             pages.c(),
             len(q),
             q.ctypes.data,
@@ -486,7 +493,7 @@ class Kernels:
             high.ctypes.data,
             scratch.ctypes.data,
         )
-        return out
+        return out, mass
 
     def rmsnorm(self, x: F32, weight: F32, eps: float) -> F32:
         y = np.full_like(x, np.nan)

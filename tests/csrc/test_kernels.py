@@ -244,8 +244,9 @@ def test_attend_equals_plain(kernels: h.Kernels, plain: h.Kernels, head_dim: int
         pages, _, _ = fill_pages(plain, rng, tokens, head_dim)
         q = rng.normal(0, 4 * head_dim**-0.5, (n, head_dim)).astype(np.float32)
         first, last = ranges(rng, n, tokens)
-        ours = kernels.attend(pages, q, first, last)
-        assert np.array_equal(ours, plain.attend(pages, q, first, last))
+        ours = kernels.attend_parts(pages, q, first, last)
+        for got, oracle in zip(ours, plain.attend_parts(pages, q, first, last), strict=True):
+            assert np.array_equal(got, oracle)
 
 
 def test_attend_of_infinite_scores_equals_plain(kernels: h.Kernels, plain: h.Kernels) -> None:
@@ -285,9 +286,15 @@ def test_attend_agrees_with_float64(any_kernels: h.Kernels, head_dim: int) -> No
             exact = exact[:, :head_dim]
         first, last = ranges(rng, n, tokens)
         for low in (np.zeros(n, np.int32), first):
-            out = any_kernels.attend(pages, q, low, last)
+            out, mass = any_kernels.attend_parts(pages, q, low, last)
             expected = h.softmax_attention(exact, k, v, low, last)
             check_attention(any_kernels, out, expected, v)
+            scores = exact.astype(np.float64) @ k.T
+            seen = [row[a : b + 1] for row, a, b in zip(scores, low, last, strict=True)]
+            most = [row.max() for row in seen]
+            np.testing.assert_allclose(mass[:, 0], most, rtol=1e-4, atol=1e-5)
+            sums = [np.exp2(row - row.max()).sum() for row in seen]
+            np.testing.assert_allclose(mass[:, 1], sums, rtol=1e-4)
 
 
 def test_attend_keeps_large_and_far_scores(any_kernels: h.Kernels) -> None:
@@ -307,8 +314,9 @@ def test_attend_keeps_large_and_far_scores(any_kernels: h.Kernels) -> None:
 def test_attend_over_no_positions_is_zero(any_kernels: h.Kernels) -> None:
     rng = np.random.default_rng(2)
     pages, _, _ = fill_pages(any_kernels, rng, 40, 64)
-    out = any_kernels.attend(pages, np.ones((2, 64), np.float32), [0, 3], [-1, 2])
+    out, mass = any_kernels.attend_parts(pages, np.ones((2, 64), np.float32), [0, 3], [-1, 2])
     assert not out.any()
+    assert not mass[:, 1].any()
 
 
 # ---- rows ----

@@ -36,8 +36,17 @@ from flashlite.errors import CompileError, IntegrityError
 __all__ = ["CSRC", "Compiler", "build_library", "build_limits", "find_compiler", "kernels_digest"]
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-_COMMON = ("fl_encoder.c", "fl_engine.c", "fl_head.c", "fl_ops.c", "fl_os.c", "fl_sample.c")
+_COMMON = (
+    "fl_attention.c",
+    "fl_encoder.c",
+    "fl_engine.c",
+    "fl_head.c",
+    "fl_ops.c",
+    "fl_os.c",
+    "fl_sample.c",
+)
 _VECTORISED = (
+    "fl_attention.c",
     "fl_encoder.c",
     "fl_head.c",
     "fl_ops.c",

@@ -72,7 +72,7 @@ static void attend_head(fl_thread *t, int32_t head, int32_t i0, int32_t i1, int3
         last[i] = length - 1;
     }
     fl_kv kv = pages_of(t, head, e->batch.sequences[i0]);
-    e->kernels->attend(t->answers, &kv, n, t->queries, first, last, t->attend);
+    e->kernels->attend(t->answers, NULL, &kv, n, t->queries, first, last, t->attend);
     for (int32_t i = 0; i < n; i++) {
         float *out = e->heads + (size_t)(i0 + i) * (size_t)e->sizes.q_cols + head * hd;
         memcpy(out, t->answers + i * hd, bytes);

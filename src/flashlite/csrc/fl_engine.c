@@ -310,22 +310,24 @@ uint32_t fl_profile_read(fl_engine *e, uint32_t thread, fl_mark *marks, uint32_t
 
 void fl_count_head(const fl_engine *e, fl_head_counts *counts) { *counts = e->counts; }
 
-/* NULL when the page is not there or a page is not that long. */
-static uint8_t *find_page(const fl_engine *e, uint32_t page, size_t size) {
-    if (page >= e->n_pages || size != e->sizes.page_bytes) return NULL;
-    return e->arena + (size_t)page * e->sizes.page_bytes;
+/* Whether a page is there and as long as that. */
+static int is_page(const fl_engine *e, uint32_t page, size_t size) {
+    return page < e->n_pages && size == e->sizes.page_bytes;
 }
 
 fl_status fl_page_read(const fl_engine *e, uint32_t page, void *out, size_t size) {
-    const uint8_t *from = find_page(e, page, size);
-    if (!from || !out) return FL_BAD_ARGUMENT;
-    memcpy(out, from, size);
+    if (!is_page(e, page, size) || !out) return FL_BAD_ARGUMENT;
+    size_t part = e->sizes.head_bytes;
+    for (int32_t head = 0; head < FL_MODEL.kv_heads_in_all; head++)
+        memcpy((uint8_t *)out + (size_t)head * part, fl_pages_of_head(e, head) + page * part, part);
     return FL_OK;
 }
 
 fl_status fl_page_write(fl_engine *e, uint32_t page, const void *from, size_t size) {
-    uint8_t *to = find_page(e, page, size);
-    if (!to || !from) return FL_BAD_ARGUMENT;
-    memcpy(to, from, size);
+    if (!is_page(e, page, size) || !from) return FL_BAD_ARGUMENT;
+    size_t part = e->sizes.head_bytes;
+    for (int32_t head = 0; head < FL_MODEL.kv_heads_in_all; head++)
+        memcpy(fl_pages_of_head(e, head) + page * part, (const uint8_t *)from + (size_t)head * part,
+               part);
     return FL_OK;
 }

@@ -111,6 +111,11 @@ static inline size_t fl_kv_bytes(int32_t head_dim, int fp32) {
     return (bytes + FL_ALIGN - 1) / FL_ALIGN * FL_ALIGN;
 }
 
+/* What the softmax of some positions was divided by: sum * 2^max. */
+typedef struct {
+    float max, sum; /* -FLT_MAX and 0 where there was no position */
+} fl_mass;
+
 typedef struct {
     const char *isa;
     int fp32; /* 1 in the test build that keeps activations and KV in float */
@@ -142,9 +147,10 @@ typedef struct {
      * like one group of activations, whose product with the codes of V, D, makes
      *   out = fma(out, factor, (float)D * scale).
      * Pages are visited in rising order with a running maximum, which the factor follows.
+     * mass[i], unless mass is NULL: that maximum and sum, so that parts can be joined.
      * `scratch`: FL_ATTEND_BYTES(head_dim), 64-byte aligned. */
-    void (*attend)(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
-                   const int32_t *last, void *scratch);
+    void (*attend)(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
+                   const int32_t *first, const int32_t *last, void *scratch);
 
     /* y[i] = x[i] * weight[i] / sqrt(mean(x^2) + eps) */
     void (*rmsnorm)(float *y, const float *x, const float *weight, int32_t n, float eps);

@@ -805,8 +805,8 @@ static void combine_page(const attention *a, const page_view *page, span seen) {
     }
 }
 
-static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
-                   const int32_t *last, void *scratch) {
+static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
+                   const int32_t *first, const int32_t *last, void *scratch) {
     attention a = lay_out(scratch, n_q, kv->head_dim);
     int32_t page0 = INT32_MAX, page1 = -1;
     memset(a.acc, 0, (size_t)n_q * a.dim * sizeof *a.acc);
@@ -835,10 +835,10 @@ static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, con
     for (int32_t i = 0; i < n_q; i++) {
         const float *acc = a.acc + (size_t)i * a.dim;
         float *to = out + (size_t)i * (size_t)kv->head_dim;
-        float sum = first[i] > last[i]
-                        ? 1.0f
-                        : fl_fold(a.lanes + i * 16); /* a query that sees nothing gets 0 */
-        for (int32_t c = 0; c < kv->head_dim; c++) to[c] = acc[c] / sum;
+        float sum = fl_fold(a.lanes + i * 16);
+        float total = first[i] > last[i] ? 1.0f : sum; /* a query that sees nothing gets 0 */
+        if (mass) mass[i] = (fl_mass){.max = a.m[i], .sum = sum};
+        for (int32_t c = 0; c < kv->head_dim; c++) to[c] = acc[c] / total;
     }
 }
 

@@ -843,8 +843,8 @@ static void attend_page(attention *a, const fl_kv *kv, int32_t page_index, int32
     combine_page(a, n_q, &page, (size_t)kv->head_dim);
 }
 
-static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
-                   const int32_t *last, void *scratch) {
+static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
+                   const int32_t *first, const int32_t *last, void *scratch) {
     attention a = open_attention(q, n_q, kv->head_dim, scratch);
     int32_t begin = INT32_MAX, end = -1;
     for (int32_t i = 0; i < n_q; i++) {
@@ -860,11 +860,12 @@ static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, con
     }
     for (int32_t i = 0; i < n_q; i++, out += kv->head_dim) {
         const float *acc = a.acc + (size_t)i * (size_t)a.groups * FL_GROUP;
-        /* A query that sees nothing gets 0. */
-        float total = first[i] > last[i] ? 1.0f : fl_fold(a.lanes + i * 16);
+        float sum = fl_fold(a.lanes + i * 16);
+        float total = first[i] > last[i] ? 1.0f : sum; /* a query that sees nothing gets 0 */
+        if (mass) mass[i] = (fl_mass){.max = a.m[i], .sum = sum};
         for (int32_t c = 0; c < kv->head_dim; c += 16) {
-            __m512 sum = _mm512_div_ps(_mm512_loadu_ps(acc + c), _mm512_set1_ps(total));
-            _mm512_mask_storeu_ps(out + c, lanes(kv->head_dim - c), sum);
+            __m512 mean = _mm512_div_ps(_mm512_loadu_ps(acc + c), _mm512_set1_ps(total));
+            _mm512_mask_storeu_ps(out + c, lanes(kv->head_dim - c), mean);
         }
     }
 }

@@ -81,10 +81,12 @@ static void store_kv(const fl_kv *kv, int32_t position, const float *k, const fl
     memcpy(page + dim * 32 + t * dim, v, dim * sizeof *v);
 }
 
-static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t first, int32_t last) {
+static void attend_one(float *out, fl_mass *mass, const fl_kv *kv, const float *q, int32_t first,
+                       int32_t last) {
     size_t dim = (size_t)kv->head_dim;
     float m = -FLT_MAX, lanes[16] = {0};
     memset(out, 0, dim * sizeof *out);
+    *mass = (fl_mass){.max = m};
     if (first > last) return;
     for (int32_t p = first / 32; p <= last / 32; p++) {
         const float *keys = view_page(kv, p), *values = keys + dim * 32;
@@ -103,15 +105,16 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
             for (size_t c = 0; c < dim; c++) out[c] += scores[t] * v[c];
         }
     }
-    float sum = fl_fold(lanes);
-    for (size_t c = 0; c < dim; c++) out[c] /= sum;
+    *mass = (fl_mass){.max = m, .sum = fl_fold(lanes)};
+    for (size_t c = 0; c < dim; c++) out[c] /= mass->sum;
 }
 
-static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
-                   const int32_t *last, void *scratch) {
+static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
+                   const int32_t *first, const int32_t *last, void *scratch) {
     (void)scratch;
     for (int32_t i = 0; i < n_q; i++, q += kv->head_dim, out += kv->head_dim) {
-        attend_one(out, kv, q, first[i], last[i]);
+        fl_mass own;
+        attend_one(out, mass ? mass + i : &own, kv, q, first[i], last[i]);
     }
 }
 

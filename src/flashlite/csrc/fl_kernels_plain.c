@@ -200,8 +200,8 @@ static void add_values(float *out, float factor, const page_view *page, int32_t 
     }
 }
 
-static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t first, int32_t last,
-                       void *scratch) {
+static void attend_one(float *out, fl_mass *mass, const fl_kv *kv, const float *q, int32_t first,
+                       int32_t last, void *scratch) {
     int32_t dim = kv->head_dim, groups = (dim + FL_GROUP - 1) / FL_GROUP;
     float *scales = scratch;
     int8_t *codes = (int8_t *)(scales + groups);
@@ -211,6 +211,7 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
     }
     float m = -FLT_MAX, lanes[16] = {0};
     memset(out, 0, (size_t)dim * sizeof *out);
+    *mass = (fl_mass){.max = m};
     if (first > last) return;
     for (int32_t p = first / 32; p <= last / 32; p++) {
         page_view page = view_page(kv, p);
@@ -221,14 +222,15 @@ static void attend_one(float *out, const fl_kv *kv, const float *q, int32_t firs
         float factor = fl_softmax_page(scores, low, high, &m, lanes);
         add_values(out, factor, &page, dim, scores, low, high);
     }
-    float sum = fl_fold(lanes);
-    for (int32_t c = 0; c < dim; c++) out[c] /= sum;
+    *mass = (fl_mass){.max = m, .sum = fl_fold(lanes)};
+    for (int32_t c = 0; c < dim; c++) out[c] /= mass->sum;
 }
 
-static void attend(float *out, const fl_kv *kv, int32_t n_q, const float *q, const int32_t *first,
-                   const int32_t *last, void *scratch) {
+static void attend(float *out, fl_mass *mass, const fl_kv *kv, int32_t n_q, const float *q,
+                   const int32_t *first, const int32_t *last, void *scratch) {
     for (int32_t i = 0; i < n_q; i++, q += kv->head_dim, out += kv->head_dim) {
-        attend_one(out, kv, q, first[i], last[i], scratch);
+        fl_mass own;
+        attend_one(out, mass ? mass + i : &own, kv, q, first[i], last[i], scratch);
     }
 }
 

@@ -1,7 +1,7 @@
 /* flashlite: the operations a generated forward is made of (see fl_engine.h).
  *
- * Who does what: rows of matrices are split over threads by blocks, tokens by tiles, attention by
- * (KV head, run of tokens). With a single token every thread quantizes the whole input for itself,
+ * Who does what: rows of matrices are split over threads by blocks, tokens by tiles, attention as
+ * fl_attention.c says. With a single token every thread quantizes the whole input for itself,
  * which is cheaper than a barrier.
  */
 #include <string.h>
@@ -92,9 +92,6 @@ void fl_norm(fl_thread *t, size_t weight, float eps) {
 
 /* ---- attention ---- */
 
-/* Pages that the tokens of one call of a streaming head see. */
-#define FL_STREAM_PAGES (FL_STREAM_TOKENS / FL_PAGE_TOKENS + 4)
-
 void fl_qkv(fl_thread *t, const fl_packed *q, const fl_packed *k, const fl_packed *v) {
     fl_engine *e = t->engine;
     const fl_sizes *s = &e->sizes;
@@ -146,81 +143,6 @@ void fl_rotate_store(fl_thread *t, const fl_heads *heads, size_t q_norm, size_t 
     }
     sync(t);
     FL_MARK(t, ROTATE);
-}
-
-/* The part of a text that a streaming head sees is a text of its own: its first page, then whole
- * pages of the last FL_STREAM_TOKENS. Returns the page at which these begin, which all tokens of one
- * call share, or 0 where nothing lies between. */
-static int32_t stream_from(int32_t position) {
-    int32_t page = (position - FL_STREAM_TOKENS + 1) / FL_PAGE_TOKENS;
-    return position < FL_STREAM_TOKENS || page < 2 ? 0 : page;
-}
-
-/* Query rows [i0, i1) (tokens of one sequence) x the query heads [h0, h1) of KV head `head`. */
-static void attend_run(fl_thread *t, const fl_heads *heads, int32_t window, int32_t head,
-                       int32_t i0, int32_t i1, int32_t h0, int32_t h1) {
-    fl_engine *e = t->engine;
-    int32_t hd = FL_MODEL.head_dim, n = 0, skipped = 0;
-    int32_t first[FL_MAX_QUERIES] = {0}, last[FL_MAX_QUERIES] = {0}, stream[FL_STREAM_PAGES];
-    size_t bytes = (size_t)hd * sizeof(float);
-    fl_kv kv = pages_of(t, heads->before + head, e->batch.sequences[i0]);
-    if (heads->streams && heads->streams[head]) {
-        int32_t from = stream_from(e->batch.positions[i0]);
-        if (from) {
-            stream[0] = kv.pages[0];
-            for (int32_t p = from; p <= e->batch.positions[i1 - 1] / FL_PAGE_TOKENS; p++)
-                stream[p - from + 1] = kv.pages[p];
-            kv.pages = stream;
-            skipped = (from - 1) * FL_PAGE_TOKENS;
-        }
-    }
-    for (int32_t i = i0; i < i1; i++) {
-        int32_t position = e->batch.positions[i];
-        const float *q = e->qkv + (size_t)i * (size_t)e->sizes.qkv_stride;
-        for (int32_t h = h0; h < h1; h++, n++) {
-            memcpy(t->queries + (size_t)n * (size_t)hd, q + h * hd, bytes);
-            last[n] = position - skipped;
-            first[n] = window && position >= window ? position - window + 1 : 0;
-        }
-    }
-    e->kernels->attend(t->answers, &kv, n, t->queries, first, last, t->attend);
-    n = 0;
-    for (int32_t i = i0; i < i1; i++) {
-        float *out = e->heads + (size_t)i * (size_t)e->sizes.q_cols;
-        for (int32_t h = h0; h < h1; h++, n++)
-            memcpy(out + h * hd, t->answers + (size_t)n * (size_t)hd, bytes);
-    }
-}
-
-/* The end of the tokens from i0 on that one call may take: of one sequence, `most` at most, which see
- * the same pages where the head streams. */
-static int32_t end_of_run(const fl_batch *b, int32_t i0, int32_t most, int streams) {
-    int32_t i1 = i0 + 1, n = (int32_t)b->n_tokens;
-    while (i1 < n && i1 < i0 + most && b->sequences[i1] == b->sequences[i0] &&
-           (!streams || stream_from(b->positions[i1]) == stream_from(b->positions[i0])))
-        i1++;
-    return i1;
-}
-
-void fl_attend(fl_thread *t, const fl_heads *heads, int32_t window) {
-    const fl_batch *b = &t->engine->batch;
-    int32_t n = n_tokens(t), h0 = 0;
-    uint32_t turn = 0;
-    for (int32_t head = 0; head < heads->kv_heads; h0 += heads->queries[head++]) {
-        int32_t per_kv = heads->queries[head], streams = heads->streams && heads->streams[head];
-        /* A group of more heads than one call takes is cut; a smaller one takes several tokens. */
-        int32_t together = per_kv < FL_MAX_QUERIES ? per_kv : FL_MAX_QUERIES;
-        for (int32_t i0 = 0, i1; i0 < n; i0 = i1) {
-            i1 = end_of_run(b, i0, FL_MAX_QUERIES / together, streams);
-            for (int32_t h = 0; h < per_kv; h += together) {
-                if (turn++ % t->engine->active != t->id) continue;
-                int32_t more = h + together < per_kv ? together : per_kv - h;
-                attend_run(t, heads, window, head, i0, i1, h0 + h, h0 + h + more);
-            }
-        }
-    }
-    sync(t);
-    FL_MARK(t, ATTEND);
 }
 
 /* ---- projections back to the residual stream ---- */

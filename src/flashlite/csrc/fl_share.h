@@ -52,8 +52,8 @@ static inline fl_linear linear(const fl_thread *t, const fl_packed *p) {
 static inline fl_kv pages_of(const fl_thread *t, int32_t head, int32_t sequence) {
     const fl_engine *e = t->engine;
     return (fl_kv){
-        .base = e->arena + (size_t)head * e->sizes.head_bytes,
-        .page_bytes = e->sizes.page_bytes,
+        .base = fl_pages_of_head(e, head),
+        .page_bytes = e->sizes.head_bytes,
         .pages = e->batch.pages + (size_t)sequence * e->batch.page_stride,
         .head_dim = FL_MODEL.head_dim,
     };

@@ -17,7 +17,7 @@ typedef struct {
     int32_t in_groups; /* groups of the widest of d_model and q_cols */
     int32_t hidden_groups; /* groups of d_ff */
     size_t head_bytes; /* of a page, for one layer and KV head */
-    size_t page_bytes;
+    size_t page_bytes; /* of all of them */
 } fl_sizes;
 
 /* One thread of the pool and what only it touches. */
@@ -56,7 +56,8 @@ struct fl_engine {
     uint32_t active; /* threads that share this step, the caller's among them */
     uint64_t retry_at, hold; /* when one more is tried again, and how long that was put off */
 
-    uint8_t *arena; /* [n_pages][page_bytes] */
+    uint8_t *arena; /* [KV heads of all layers][n_pages][head_bytes]: what one head reads in a step
+                       lies together, as far as a sequence's pages do */
     size_t arena_bytes;
     uint8_t *scratch;
     size_t scratch_bytes;
@@ -87,5 +88,10 @@ struct fl_engine {
     uint32_t n_started; /* threads of the pool that run, the caller's not among them */
     fl_thread *threads; /* [n_threads] */
 };
+
+/* The pages of one KV head, counted over all layers. */
+static inline uint8_t *fl_pages_of_head(const fl_engine *e, int32_t head) {
+    return e->arena + (size_t)head * e->n_pages * e->sizes.head_bytes;
+}
 
 #endif

@@ -28,6 +28,7 @@ from flashlite.codegen.target import Target
 from flashlite.errors import EngineError, UsageError
 from flashlite.runtime.ceiling import within
 from flashlite.runtime.engine import Engine, default_threads
+from flashlite.runtime.grammar import Grammar
 from flashlite.runtime.library import MAX_BATCH, PAGE_TOKENS, Library, load_library
 from flashlite.runtime.memory import (
     TEMPLATE_BYTES,
@@ -160,24 +161,34 @@ class Model:
         """Continue a text as it stands, without a chat template. Otherwise as `chat`."""
         return self._answer(self.tokenizer.encode_prompt(prompt), stream, settings)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, grammar: Grammar | None = None
+    ) -> Generation:
         """Queue token ids for generation; `follow` brings them on their way.
+
+        Args:
+            grammar: what the answer must be: `compile_grammar(spec, model.tokenizer)`.
 
         Raises:
             ContextOverflow, UsageError: as `chat`.
         """
         with self._lock:
-            return self.scheduler.submit(prompt, params)
+            return self.scheduler.submit(prompt, params, grammar)
 
     def follow(self, generation: Generation) -> Iterator[Piece]:
         """The pieces of a generation as they come; closing the iterator cancels it.
 
         The scheduler is driven from the caller's thread, so that Ctrl-C stops within one step.
+
+        Raises:
+            EngineError: the grammar leaves no next token.
         """
         try:
             while True:
                 while generation.pieces:
                     yield generation.pieces.popleft()
+                if generation.error is not None:
+                    raise generation.error
                 if generation.finish_reason is not None:
                     return
                 with self._lock:

@@ -42,7 +42,7 @@ class Sampler:
         self._bias_ids = np.array(list(params.logit_bias), np.int32)
         self._bias = np.array(list(params.logit_bias.values()), np.float32)
         self._scratch = scratch
-        n_top = params.logprobs or 0
+        n_top = self._n_top = params.logprobs or 0
         self._top_ids = np.empty(max(n_top, 1), np.int32)
         self._top_logprobs = np.empty(max(n_top, 1), np.float32)
         penalizes = (
@@ -96,6 +96,20 @@ class Sampler:
             self._history[self._n_history] = token
             self._n_history += 1
         n_top = int(self._draw.n_top)
-        top = zip(self._top_ids[:n_top].tolist(), self._top_logprobs[:n_top].tolist(), strict=True)
+        pairs = zip(
+            self._top_ids[:n_top].tolist(), self._top_logprobs[:n_top].tolist(), strict=True
+        )
+        top = (pair for pair in pairs if pair[1] > -math.inf)  # not what is forbidden
         logprob = float(self._draw.logprob)
         return Drawn(token, logprob if math.isfinite(logprob) else -math.inf, tuple(top))
+
+    def note(self, token: int) -> Drawn:
+        """Take a token that was not drawn, since nothing else could follow: its probability is 1.
+
+        No draw is counted.
+        """
+        if len(self._history):
+            self._history[self._n_history] = token
+            self._n_history += 1
+        top = ((token, 0.0),) if self._n_top else ()
+        return Drawn(token, 0.0, top)

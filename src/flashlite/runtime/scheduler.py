@@ -2,29 +2,34 @@
 
     submit -> waiting -> (pages reserved) running: prefill in chunks -> decode -> finished
 
-Each step takes one token of every decoding request, then fills what is left of the batch with
-prompt tokens of those still in prefill, at most `CHUNK_BESIDE_DECODE` of them while others decode,
-so that a long prompt does not freeze the others. What others have stored of a prompt, or a file
-holds, is not computed. While nothing is in prefill, a decoding request may add a draft.
+Each step takes the last tokens of every decoding request, then fills what is left of the batch
+with prompt tokens of those still in prefill, at most `CHUNK_BESIDE_DECODE` of them while others
+decode, so that a long prompt does not freeze the others. What others have stored of a prompt, or a
+file holds, is not computed. While nothing is in prefill, a decoding request may add a draft.
+
+Clients take turns: at being admitted, and at the prompt tokens of a step.
+
+Where a grammar leaves one text only, its tokens are not drawn: they follow the drawn one into the
+next step, which computes them together. The answer is that of single steps.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashlite.checkpoint.tokenizer import StreamDecoder, Tokenizer
-from flashlite.errors import ContextOverflow, MemoryCeiling, UsageError
+from flashlite.checkpoint.tokenizer import Tokenizer
+from flashlite.errors import ContextOverflow, EngineError, MemoryCeiling, UsageError
 from flashlite.runtime.engine import Engine, Sequence, Work
+from flashlite.runtime.generation import FinishReason, Generation, Piece
+from flashlite.runtime.grammar import Grammar, dead_end
 from flashlite.runtime.library import MAX_BATCH, PAGE_TOKENS
 from flashlite.runtime.memory import LOGPROB_BYTES, TOKEN_BYTES, format_size
 from flashlite.runtime.prefixstore import PrefixStore
+from flashlite.runtime.queue import FairQueue
 from flashlite.runtime.sampler import Drawn, Sampler
 from flashlite.runtime.sampling import SamplingParams, StopStrings
 from flashlite.runtime.speculate import DRAFT_BESIDE, MAX_DECODING, MAX_DRAFT, Drafter, Pace
@@ -32,46 +37,6 @@ from flashlite.runtime.speculate import DRAFT_BESIDE, MAX_DECODING, MAX_DRAFT, D
 __all__ = ["FinishReason", "Generation", "Piece", "Scheduler"]
 
 CHUNK_BESIDE_DECODE = 64
-
-FinishReason = Literal["stop", "length", "cancelled", "deadline"]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one token added: text that is final (it may be empty, or hold several tokens')."""
-
-    text: str
-    drawn: Drawn | None  # None in the piece that only flushes held-back text
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(eq=False)
-class Generation:
-    """One request on its way: fixed inputs first, then its state."""
-
-    prompt: NDArray[np.int32]
-    params: SamplingParams
-    room: int  # tokens it may generate
-    sampler: Sampler
-    decoder: StreamDecoder
-    stops: StopStrings
-    sequence: Sequence | None = None
-    pending: int | None = None  # drawn, not yet in the KV cache
-    drafter: Drafter | None = None  # from its first decode step, when drafts are allowed
-    generated: list[int] = field(default_factory=list)
-    pieces: deque[Piece] = field(default_factory=deque)  # for the caller to take
-    finish_reason: FinishReason | None = None
-    cached_tokens: int = 0  # of the prompt: found stored instead of computed
-    drafted_tokens: int = 0  # guessed, and checked in a step
-    accepted_tokens: int = 0  # of these: as the sampler drew them
-    submitted: float = 0.0  # seconds of time.perf_counter
-    first_token: float | None = None
-    last_token: float | None = None
-
-    @property
-    def prefilled(self) -> int:
-        """Prompt tokens in the KV cache."""
-        return 0 if self.sequence is None else min(self.sequence.length, len(self.prompt))
 
 
 class Scheduler:
@@ -106,7 +71,7 @@ class Scheduler:
         self.request_bytes = request_bytes
         self._pace = Pace()
         self._ends = frozenset(tokenizer.tokens.eos)
-        self._waiting: deque[Generation] = deque()
+        self._waiting: FairQueue[Generation] = FairQueue()
         self._running: list[Generation] = []
         self._scratch = np.empty(engine.vocab_size, np.uint64)  # one draw at a time uses it
 
@@ -120,18 +85,38 @@ class Scheduler:
         """Requests (running, waiting)."""
         return len(self._running), len(self._waiting)
 
-    def submit(self, prompt: Seq[int], params: SamplingParams) -> Generation:
+    def submit(
+        self,
+        prompt: Seq[int],
+        params: SamplingParams,
+        grammar: Grammar | None = None,
+        *,
+        client: str = "",
+    ) -> Generation:
         """Queue a request: `prepare` and `enqueue`."""
-        generation = self.prepare(prompt, params)
+        generation = self.prepare(prompt, params, grammar, client=client)
         self.enqueue(generation)
         return generation
 
     def enqueue(self, generation: Generation) -> None:
         """It runs when a sequence and pages are free."""
-        self._waiting.append(generation)
+        self._waiting.push(generation.client, generation)
 
-    def prepare(self, prompt: Seq[int], params: SamplingParams) -> Generation:
+    def prepare(
+        self,
+        prompt: Seq[int],
+        params: SamplingParams,
+        grammar: Grammar | None = None,
+        *,
+        client: str = "",
+    ) -> Generation:
         """Check a request and make its state; `enqueue` queues it.
+
+        Args:
+            grammar: what the answer must be, compiled for this model's vocabulary.
+                Log-probabilities are those among the tokens it allows; a forced token, which no
+                row of logits was asked for, has 0 and no alternatives.
+            client: who asks; clients take turns.
 
         Raises:
             UsageError: the prompt is empty or a setting is outside its range.
@@ -148,6 +133,7 @@ class Scheduler:
             room = min(room, params.max_tokens)
         self._check_size(len(prompt), room, params.logprobs or 0)
         ids = np.asarray(prompt, np.int32)
+        guide = None if grammar is None else grammar.start()
         return Generation(
             prompt=ids,
             params=params,
@@ -155,6 +141,9 @@ class Scheduler:
             sampler=Sampler(self.engine.library, params, ids, room, self._scratch),
             decoder=self.tokenizer.stream(),
             stops=StopStrings(params.stop),
+            client=client,
+            guide=guide,
+            opening=() if guide is None else tuple(guide.force()[:room]),
             submitted=time.perf_counter(),
         )
 
@@ -162,8 +151,7 @@ class Scheduler:
         """Stop a request before the next step; a finished one stays as it is."""
         if generation.finish_reason is not None:
             return
-        if generation in self._waiting:
-            self._waiting.remove(generation)
+        self._waiting.discard(generation.client, generation)
         self._finish(generation, reason, "")
 
     def step(self) -> None:
@@ -181,12 +169,13 @@ class Scheduler:
             self._pace.restart()
         row = 0
         for generation, work in batch:
-            drafted = len(work.ids) - 1 if work.logits == "all" else 0
-            rows = 0 if work.logits == "none" else drafted + 1
-            generation.pending = None
-            if drafted:
+            rows = {"none": 0, "last": 1, "all": len(work.ids)}[work.logits]
+            pending = generation.pending
+            if rows == 0:
+                generation.pending = pending[len(work.ids) :] if pending else None
+            elif rows > 1:
                 self._check_draft(generation, work, logits[row : row + rows])
-            elif rows:
+            else:
                 self._advance(generation, logits[row])
             row += rows
         for generation in self._running:
@@ -203,9 +192,9 @@ class Scheduler:
             )
 
     def _admit(self) -> None:
-        """First come, first served; a request starts when its whole length has pages."""
+        """Clients in turn; a request starts when its whole length has pages."""
         while self._waiting and len(self._running) < self.engine.max_sequences:
-            head = self._waiting[0]
+            head = self._waiting.head()
             tokens = len(head.prompt) + head.room
             try:
                 sequence = self.engine.new_sequence(
@@ -215,7 +204,7 @@ class Scheduler:
                 if self._running:  # they will give pages back
                     return
                 raise
-            self._waiting.popleft()
+            self._waiting.pop()
             self._running.append(head)
             head.sequence = sequence
             self._restore(sequence)
@@ -239,28 +228,58 @@ class Scheduler:
             sequence.share()
 
     def _plan(self) -> list[tuple[Generation, Work]]:
+        decoding = [g for g in self._running if g.pending is not None]
+        drafts = self.speculate and len(decoding) == len(self._running) <= MAX_DECODING
+        left = MAX_BATCH - len(decoding)  # tokens beyond one of each
         batch: list[tuple[Generation, Work]] = []
-        n_decoding = sum(g.pending is not None for g in self._running)
-        drafts = self.speculate and n_decoding == len(self._running) <= MAX_DECODING
-        for generation in self._running:
-            if generation.pending is not None and generation.sequence is not None:
-                draft = self._draft(generation, n_decoding - 1) if drafts else []
-                ids = [generation.pending, *draft]
-                need = generation.params.need
-                work = Work(generation.sequence, ids, "all" if draft else "last", need)
-                batch.append((generation, work))
-        left = min(MAX_BATCH - len(batch), CHUNK_BESIDE_DECODE if batch else MAX_BATCH)
-        for generation in self._running:
-            done = generation.prefilled
-            if left <= 0 or done == len(generation.prompt) or generation.sequence is None:
-                continue
-            chunk = generation.prompt[done : done + left]
-            ends = done + len(chunk) == len(generation.prompt)
-            need = generation.params.need
-            work = Work(generation.sequence, chunk, "last" if ends else "none", need)
+        for generation in decoding:
+            work = self._plan_decode(generation, len(decoding) - 1 if drafts else None, left)
+            left -= len(work.ids) - 1
             batch.append((generation, work))
-            left -= len(chunk)
+        if decoding:
+            left = min(left, CHUNK_BESIDE_DECODE)
+        lines: dict[str, list[Generation]] = {}  # those in prefill, by client
+        for generation in self._running:
+            if generation.pending is None:
+                lines.setdefault(generation.client, []).append(generation)
+        # Shortest first: what one client leaves of its share goes to the next.
+        for turn, line in enumerate(sorted(lines.values(), key=_tokens_left)):
+            share = -(-left // (len(lines) - turn))
+            for generation in line:
+                if share <= 0:
+                    break
+                work = self._plan_prefill(generation, share)
+                batch.append((generation, work))
+                share -= len(work.ids)
+                left -= len(work.ids)
         return batch
+
+    def _plan_decode(self, generation: Generation, beside: int | None, left: int) -> Work:
+        """The pending tokens, and a draft after a single one.
+
+        Args:
+            beside: other requests in the step; None: no drafts.
+            left: tokens there is room for beyond one.
+        """
+        pending, sequence = generation.pending, generation.sequence
+        if pending is None or sequence is None:
+            raise EngineError("a request without a drawn token cannot decode")
+        ids = pending[: left + 1]
+        if len(ids) < len(pending):
+            return Work(sequence, ids, "none")
+        draft = [] if beside is None or len(ids) > 1 else self._draft(generation, beside)
+        return Work(sequence, [*ids, *draft], "all" if draft else "last", generation.need)
+
+    def _plan_prefill(self, generation: Generation, most: int) -> Work:
+        """The next prompt tokens; the last ones together with what the grammar puts first."""
+        sequence, prompt = generation.sequence, generation.prompt
+        if sequence is None:
+            raise EngineError("a request without pages cannot be computed")
+        done, last = sequence.length, len(prompt) + len(generation.opening)
+        end = min(done + most, last)
+        opening = generation.opening[max(done - len(prompt), 0) : max(end - len(prompt), 0)]
+        ids = [*prompt[done:end].tolist(), *opening]
+        return Work(sequence, ids, "last" if end == last else "none", generation.need)
 
     def _draft(self, generation: Generation, beside: int) -> list[int]:
         """What to check beside the pending token; never more than the answer has room for."""
@@ -272,26 +291,61 @@ class Scheduler:
         return generation.drafter.propose(self._pace, min(limit, most), beside)
 
     def _check_draft(self, generation: Generation, work: Work, logits: NDArray[np.float32]) -> None:
-        """Draw row by row, as single steps would have, until a draw is not the draft's token."""
-        sequence, drafter, draft = work.sequence, generation.drafter, work.ids[1:]
+        """Draw row by row, as single steps would have, until the answer is not the draft's."""
+        sequence, drafter, draft = work.sequence, generation.drafter, list(work.ids[1:])
         sequence.truncate(sequence.length - len(draft))
         accepted = 0
-        for row in logits:
-            self._advance(generation, row)
-            if generation.finish_reason is not None or accepted == len(draft):
+        while True:
+            self._advance(generation, logits[accepted])
+            pending = generation.pending or []
+            if generation.finish_reason is not None:
                 break
-            if generation.pending != draft[accepted]:
+            n = _agreeing(pending, draft[accepted:])
+            accepted += n
+            sequence.length += n  # the accepted tokens were stored by the same step
+            if n < len(pending):
+                generation.pending = pending[n:]
                 break
-            accepted += 1
-            sequence.length += 1  # the accepted token was stored by the same step
         generation.drafted_tokens += len(draft)
         generation.accepted_tokens += accepted
         if drafter is not None:
             drafter.learn(len(draft), accepted)
 
     def _advance(self, generation: Generation, logits: NDArray[np.float32]) -> None:
-        """Draw the next token and turn it into text."""
-        drawn = generation.sampler.draw(logits)
+        """Draw the next token, turn it into text, and add what the grammar forces."""
+        guide = generation.guide
+        if generation.first_token is None:
+            self._force(generation, generation.opening)  # computed with the prompt
+        if generation.finish_reason is not None:
+            return
+        generation.pending = []
+        forced: list[int] = []
+        try:
+            if guide is not None:
+                guide.allow(logits)
+            drawn = generation.sampler.draw(logits)
+            if guide is not None and drawn.token not in self._ends:
+                forced = guide.accept(drawn.token)
+        except EngineError as error:  # this request's alone: the engine has done its step
+            generation.error = error if guide is None else dead_end(str(error))
+            self._finish(generation, "error", "")
+            return
+        self._append(generation, drawn)
+        self._force(generation, forced)
+
+    def _force(self, generation: Generation, tokens: Seq[int]) -> None:
+        """Add what the grammar leaves no choice about: tokens, and the end."""
+        for token in tokens:
+            if generation.finish_reason is not None:
+                return
+            generation.forced_tokens += 1
+            self._append(generation, generation.sampler.note(token))
+        guide = generation.guide
+        if guide is not None and guide.finished and generation.finish_reason is None:
+            self._finish(generation, "stop", "")
+
+    def _append(self, generation: Generation, drawn: Drawn) -> None:
+        """Add a token to the answer, which it may end."""
         now = time.perf_counter()
         generation.last_token = now
         if generation.first_token is None:
@@ -308,7 +362,8 @@ class Scheduler:
         elif len(generation.generated) >= generation.room:
             self._finish(generation, "length", text, drawn)
         else:
-            generation.pending = drawn.token
+            if generation.pending is not None:
+                generation.pending.append(drawn.token)
             generation.pieces.append(Piece(text, drawn))
 
     def _finish(
@@ -326,3 +381,16 @@ class Scheduler:
         if generation.sequence is not None:
             generation.sequence.share()
             generation.sequence.release()
+
+
+def _tokens_left(line: Seq[Generation]) -> int:
+    """Of the prompts of one client."""
+    return sum(len(generation.prompt) - generation.prefilled for generation in line)
+
+
+def _agreeing(one: Seq[int], other: Seq[int]) -> int:
+    """How many tokens both begin with."""
+    n = 0
+    while n < min(len(one), len(other)) and one[n] == other[n]:
+        n += 1
+    return n

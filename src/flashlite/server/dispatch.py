@@ -91,6 +91,7 @@ class Dispatch:
         self,
         prompt: Sequence[int],
         params: SamplingParams,
+        grammar: Grammar | None = None,
         *,
         client: str = "",
         arrived: float | None = None,
@@ -101,6 +102,7 @@ class Dispatch:
         Args:
             prompt: token ids.
             params: how to draw.
+            grammar: what the answer must be, of this model's vocabulary.
             client: who shares the server: the id of a key, or an address.
             arrived: when its head was read, in seconds of the clock; None: now.
             deadline: when its last byte must be written; None: best effort.
@@ -108,7 +110,7 @@ class Dispatch:
         Raises:
             ContextOverflow, MemoryCeiling, UsageError: the request cannot be run.
         """
-        generation = self._scheduler.prepare(prompt, params)
+        generation = self._scheduler.prepare(prompt, params, grammar, client=client)
         at = self._clock() if arrived is None else arrived
         key, n = next(self._keys), len(prompt)
         pages = pages_for(n + generation.room)

@@ -83,7 +83,9 @@ void fz_attend(fz_input *in) {
     uint8_t *before = fz_get(shared.size);
     memcpy(before, shared.memory, shared.size);
     const float *oracle = NULL;
+    const fl_mass *masses = NULL;
     void *scratch = fz_get(FL_ATTEND_BYTES(dim)); /* dirty from the second table on, as in use */
+    int with_mass = fz_below(in, 2) == 0;
     int with_fp32 = fz_below(in, 4) == 0; /* it is slow, and nothing but its memory is tested */
     for (size_t i = 0; i < fz_n_tables; i++) {
         const fl_kernels *table = fz_tables[i];
@@ -93,10 +95,13 @@ void fz_attend(fz_input *in) {
             a = store(table, make_arena(table, dim, pages, gap, ids), begin, end, k, v);
         }
         float *out = fz_floats_empty(in, size);
-        table->attend(out, &a.kv, n, q, first, last, scratch);
-        if (i == 0) oracle = out;
+        fl_mass *mass = with_mass ? fz_get((size_t)n * sizeof *mass) : NULL;
+        table->attend(out, mass, &a.kv, n, q, first, last, scratch);
+        if (i == 0) oracle = out, masses = mass;
         if (table->fp32) continue;
         fz_same_floats("attend", table->isa, out, oracle, size);
+        if (mass)
+            fz_same_floats("mass", table->isa, &mass->max, &masses->max, (size_t)n * 2);
         fz_same("pages after attend", table->isa, a.memory, before, a.size);
     }
 }
