@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flashlite.errors import Overloaded
+from flashlite.runtime.grammar import Grammar
 from flashlite.runtime.kvpages import pages_for
 from flashlite.runtime.sampling import SamplingParams
 from flashlite.runtime.scheduler import CHUNK_BESIDE_DECODE, Generation, Scheduler
