@@ -55,7 +55,8 @@ class World:
         self.noise = draw.choice((0.0, 0.02, 0.1, 0.3))
         self.stalls = 0.0 if self.calm else draw.choice((0.0, 0.0, 0.003, 0.02))
         self.write = draw.choice((0.2e-3, 1e-3, 5e-3))
-        self.rules = Rules(slots=draw.choice((1, 2, 4, 8)), queue=32, patience=3.0)
+        slots = draw.choice((1, 2, 4, 8))
+        self.rules = Rules(slots, draw.choice((1000, 100)), queue=32, patience=3.0)
         self.jump_at = math.inf if self.calm or draw.random() < 0.7 else draw.uniform(0, 3)
         self.jump = draw.choice((-5.0, -0.2, 0.5, 4.0))
         self.clients = self._arrivals()
@@ -89,8 +90,9 @@ class World:
             leaves = math.inf
             if not self.calm and draw.random() < 0.1:
                 leaves = at + draw.uniform(0, deadline)
+            pages = min(-(-(prompt + room) // 32), self.rules.pages)
             request = Request(
-                key, draw.choice(names), prompt, room, at, None if best_effort else due
+                key, draw.choice(names), prompt, room, at, None if best_effort else due, pages
             )
             clients.append(Client(request, length, leaves))
         return clients
@@ -139,6 +141,7 @@ class Server:
                 client.started = self.now
                 self.running.append(client)
             assert self.free >= 0
+            assert sum(c.request.pages for c in self.running) <= self.world.rules.pages
             if self.running:
                 self.step()
             else:

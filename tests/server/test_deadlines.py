@@ -98,7 +98,7 @@ def polite_share(schedule: type[Deadlines]) -> float:
     """Of what a client asks for that wants two fifths of a server which another one floods."""
     answered = asked = 0
     for seed in range(12):
-        world = run(World(seed, load=4.0, calm=True, names="f" * 9 + "p", count=120), schedule)
+        world = run(World(seed, load=4.0, calm=True, names="f" * 19 + "p", count=160), schedule)
         polite = [c for c in world.clients if c.request.client == "p" and feasible(world, c)]
         asked += len(polite)
         answered += sum(client.outcome in ("complete", "partial") for client in polite)
@@ -153,10 +153,10 @@ def serves_what_it_can(schedule: type[Deadlines], worlds: int) -> bool:
 
 
 def is_fair(schedule: type[Deadlines], worlds: int) -> bool:
-    """A client that wants two fifths of a server which another one floods gets most of that."""
+    """A client that wants a fifth of a server which another one floods gets most of that."""
     answered = asked = 0
     for seed in range(worlds // 8):
-        world = run(World(seed, load=4.0, calm=True, names="f" * 9 + "p", count=120), schedule)
+        world = run(World(seed, load=4.0, calm=True, names="f" * 19 + "p", count=160), schedule)
         polite = [c for c in world.clients if c.request.client == "p" and feasible(world, c)]
         asked += len(polite)
         answered += sum(client.outcome in ("complete", "partial") for client in polite)
@@ -235,8 +235,8 @@ class AdmitsOne(Deadlines):
 
 
 class FirstComeFirstServed(Deadlines):
-    def _victim(self, *_: Any) -> None:
-        return None
+    def _richer(self, *_: Any) -> dict[str, float]:
+        return {}
 
 
 class BestEffortLast(Deadlines):

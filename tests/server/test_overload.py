@@ -36,10 +36,13 @@ class Served:
     steps: list[float]  # seconds of each
     alone: float  # seconds of an answer of `TOKENS` when nothing else runs
 
-    def late(self, may_take: float) -> float:
-        """Seconds by which the latest answer missed its deadline; negative: it was early."""
-        while not self.timings:  # the client may read the last byte before its time is noted
+    def late(self, may_take: float, answers: int) -> float:
+        """Seconds by which the latest of so many answers missed its deadline."""
+        until = time.monotonic() + 5
+        while len(self.timings) < answers:  # a client may have the last byte before it is noted
+            assert time.monotonic() < until
             time.sleep(0.001)
+        assert len(self.timings) == answers
         return max(t.written - t.head_read - may_take for t in self.timings if t.written)
 
 
@@ -72,6 +75,8 @@ def served(smollm2_gguf: Path) -> Iterator[Served]:
         for seed in range(4):
             client.post(CHAT, json=ask(TOKENS, seed=seed)).raise_for_status()
         alone = (time.perf_counter() - began) / 4
+    while len(timings) < 4:
+        time.sleep(0.001)
     yield Served(url, timings, steps, alone)
     server.should_exit = True
     thread.join()
@@ -110,10 +115,10 @@ def test_four_times_too_much_is_answered_in_time_or_refused(served: Served) -> N
             return await asyncio.gather(*replies)
 
     outcomes = Counter(map(outcome, asyncio.run(flood())))
-    assert outcomes.total() == len(served.timings) == 100
+    assert outcomes.total() == 100
     assert outcomes["refused"] >= 10
     assert outcomes["complete"] >= 10
-    assert served.late(may_take) <= max(served.steps) + SLACK
+    assert served.late(may_take, 100) <= max(served.steps) + SLACK
 
 
 def test_a_streamed_answer_ends_marked_at_its_deadline(served: Served) -> None:
@@ -125,7 +130,7 @@ def test_a_streamed_answer_ends_marked_at_its_deadline(served: Served) -> None:
         reply = client.post(CHAT, json=body, headers={"X-Server-Timeout": str(may_take)})
     assert '"finish_reason":"deadline"' in reply.text
     assert reply.text.endswith("data: [DONE]\n\n")
-    assert -may_take / 3 < served.late(may_take) <= max(served.steps) + SLACK
+    assert -may_take / 3 < served.late(may_take, 1) <= max(served.steps) + SLACK
 
 
 def test_a_stream_that_cannot_begin_in_time_is_a_503(served: Served) -> None:

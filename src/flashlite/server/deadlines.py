@@ -11,7 +11,8 @@ would have been; one that was admitted ends complete, as a marked partial, or, w
 stalled before its first token, refused. No step is begun that may end after a deadline.
 
 Fairness lies in admission: while there is too much work, a request may take the place of a waiting
-one whose client has more in the system. So a client that floods the server displaces itself.
+one, and time of a running one, whose client has more in the system. So a client that floods the
+server displaces itself.
 Requests without deadline are best effort: they start when nobody with a deadline waits, or when
 they have waited `patience` for each one that their client already had, whichever is first (L.
 Zhang, VirtualClock, 1990), and leave slots to the others while there are any.
@@ -108,12 +109,16 @@ class Deadlines:
         waiting = list(self._waiting)
         displaced: list[Job] = []
         while harm := self._harm(now, job, waiting):
-            victim = self._victim(job, harm, waiting) if len(displaced) < _MOST_DISPLACED else None
-            if victim is None:
-                late = max(harm.values())
-                return Reject(late, "the requests before it leave no time for it")
-            waiting.remove(victim)
-            displaced.append(victim)
+            richer = self._richer(job, waiting)
+            victim = self._victim(job, harm, waiting, richer)
+            if victim is not None and len(displaced) < _MOST_DISPLACED:
+                waiting.remove(victim)
+                displaced.append(victim)
+                continue
+            running = [self._running.get(key) for key in harm]
+            if all(one is not None and one.request.client in richer for one in running):
+                break  # theirs may end as parts
+            return Reject(max(harm.values()), "the requests before it leave no time for it")
         self._waiting = waiting
         insort(self._waiting, job)
         for victim in displaced:
@@ -127,6 +132,7 @@ class Deadlines:
         """Requests that start now; at most `free`, the engine's unused slots."""
         now = self._tick(now)
         started: list[Job] = []
+        pages = self.rules.pages - sum(job.request.pages for job in self._running.values())
         unbound = sum(job.request.deadline is None for job in self._running.values())
         for job in self._waiting:
             if len(started) >= free:
@@ -135,6 +141,9 @@ class Deadlines:
                 if unbound >= self._slots_for_best_effort(now):
                     continue
                 unbound += 1
+            pages -= job.request.pages
+            if pages < 0:  # smaller ones behind it would overtake it for ever
+                break
             started.append(job)
         for job in started:
             self._waiting.remove(job)
@@ -269,18 +278,27 @@ class Deadlines:
             if seconds > before.get(key, -math.inf) + _TOLERANCE
         }
 
-    def _victim(self, job: Job, harm: Mapping[int, float], waiting: Sequence[Job]) -> Job | None:
-        """A waiting request in whose place it would harm less, of the client with most work here:
-        one before it that makes it late, or one after it that it makes late. None: no other client
-        has more than its own.
-        """
+    def _richer(self, job: Job, waiting: Sequence[Job]) -> Mapping[str, float]:
+        """Clients that have more work here than its own would have with it, and how much."""
         load: dict[str, float] = {}
         for one in [*self._running.values(), *waiting]:
             client = one.request.client
             load[client] = load.get(client, 0.0) + self._work(one)
         mine = load.get(job.request.client, 0.0) + self._work(job)
+        return {client: work for client, work in load.items() if work > mine}
+
+    def _victim(
+        self,
+        job: Job,
+        harm: Mapping[int, float],
+        waiting: Sequence[Job],
+        richer: Mapping[str, float],
+    ) -> Job | None:
+        """A waiting request in whose place it would harm less, of the richest client: one before
+        it that makes it late, or one after it that it makes late.
+        """
         late = job.request.key in harm
-        found = [one for one in waiting if load[one.request.client] > mine]
+        found = [one for one in waiting if one.request.client in richer]
         if len(waiting) < self.rules.queue:  # what lacks is time, not room
             found = [
                 one
@@ -288,7 +306,7 @@ class Deadlines:
                 if one.request.deadline is not None
                 and (one < job if late else one.request.key in harm)
             ]
-        return max(found, key=lambda one: (load[one.request.client], one.due), default=None)
+        return max(found, key=lambda one: (richer[one.request.client], one.due), default=None)
 
     def _work(self, job: Job) -> float:
         """Seconds of the engine that it still asks for; 1 before any is known."""

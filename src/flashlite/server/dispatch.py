@@ -16,6 +16,7 @@ import numpy as np
 
 from flashlite.errors import Overloaded
 from flashlite.runtime.grammar import Grammar
+from flashlite.runtime.kvpages import pages_for
 from flashlite.runtime.sampling import SamplingParams
 from flashlite.runtime.scheduler import CHUNK_BESIDE_DECODE, Generation, Scheduler
 from flashlite.server.deadlines import Deadlines, Progress, Reject
@@ -67,7 +68,8 @@ class Dispatch:
         self._scheduler = scheduler
         self._clock = clock
         slots = scheduler.engine.max_sequences
-        rules = rules or Rules(slots, chunk=CHUNK_BESIDE_DECODE)
+        pages = scheduler.engine.pool.n_pages
+        rules = rules or Rules(slots, pages, chunk=CHUNK_BESIDE_DECODE)
         self.deadlines = Deadlines(pace or Pace(), rules)
         self._tickets: dict[int, Ticket] = {}  # admitted
         self._running: dict[int, Ticket] = {}  # given to the scheduler
@@ -111,8 +113,9 @@ class Dispatch:
         """
         generation = self._scheduler.prepare(prompt, params, grammar, client=client)
         at = self._clock() if arrived is None else arrived
-        key = next(self._keys)
-        return Ticket(generation, Request(key, client, len(prompt), generation.room, at, deadline))
+        key, n = next(self._keys), len(prompt)
+        pages = pages_for(n + generation.room)
+        return Ticket(generation, Request(key, client, n, generation.room, at, deadline, pages))
 
     def take(self, ticket: Ticket) -> None:
         """Admit or refuse it."""
@@ -138,11 +141,10 @@ class Dispatch:
             if end.refused is not None:
                 ticket.refused = Overloaded(end.refused.reason, end.refused.retry_after)
             self._scheduler.cancel(ticket.generation, "deadline")
-        if not self._scheduler.load[1]:  # else pages lack: who comes next waits for them too
-            free = self.deadlines.rules.slots - len(self._running)
-            for request in self.deadlines.next_batch(begun, free):
-                ticket = self._running[request.key] = self._tickets[request.key]
-                self._scheduler.enqueue(ticket.generation)
+        free = self.deadlines.rules.slots - len(self._running)
+        for request in self.deadlines.next_batch(begun, free):
+            ticket = self._running[request.key] = self._tickets[request.key]
+            self._scheduler.enqueue(ticket.generation)
         seen = [_seen(ticket) for ticket in self._running.values()]
         self._scheduler.step()
         ended = self._clock()

@@ -25,6 +25,7 @@ class Rules:
 
     Attributes:
         slots: sequences that run at the same time.
+        pages: of the KV cache, shared by those that run.
         queue: requests that may wait.
         chunk: prompt tokens of a step in which others decode.
         chunk_alone: prompt tokens of a step in which nobody does.
@@ -35,6 +36,7 @@ class Rules:
     """
 
     slots: int
+    pages: int = 1 << 40
     queue: int = 64
     chunk: int = 64
     chunk_alone: int = 256
@@ -54,6 +56,7 @@ class Request:
     room: int  # tokens it may generate
     arrived: float  # when its head was read
     deadline: float | None = None  # when its last byte must be written; None: best effort
+    pages: int = 0  # of the KV cache, reserved while it runs
 
 
 @dataclass(eq=False, slots=True)
@@ -118,6 +121,7 @@ class Ahead:
         self._now = now
         self._step = 0
         self._free = rules.slots
+        self._pages = rules.pages  # free ones
         self._decoding = 0
         self._depth = 0.0
         self._events: list[tuple[int, int, bool, Job]] = []  # step, key, leaves, job
@@ -126,6 +130,7 @@ class Ahead:
     def late(self, running: Sequence[Job], waiting: Sequence[Job]) -> dict[int, float]:
         """By key, the seconds after its deadline at which a request has what it was promised."""
         self._free -= len(running)
+        self._pages -= sum(job.request.pages for job in running)
         for job in running:
             if not job.prompt_left:
                 self._decode(job)
@@ -133,9 +138,10 @@ class Ahead:
             if job.prompt_left:
                 self._prefill(job)
         for job in sorted(waiting):
-            while self._free < 1:
+            while self._events and (self._free < 1 or self._pages < job.request.pages):
                 self._run(self._events[0][0], 0.0)
             self._free -= 1
+            self._pages -= job.request.pages
             self._prefill(job)
         while self._events:
             self._run(self._events[0][0], 0.0)
@@ -181,6 +187,7 @@ class Ahead:
                 self._decoding -= 1
                 self._depth -= job.request.prompt + job.generated
                 self._free += 1
+                self._pages += job.request.pages
             elif job.request.deadline is not None:
                 self._late[key] = self._now + self._writing - job.request.deadline
         self._advance(end, extra)
