@@ -33,6 +33,7 @@ Kind = Literal[
     "path",  # nothing is served there
     "method",
     "model",  # not served here
+    "slow",  # a body that does not come
     "size",  # too large a body
     "rate",  # too many requests
     "overloaded",  # another time, or never so fast
@@ -48,6 +49,7 @@ _STATUS: dict[Kind, int] = {
     "path": 404,
     "method": 405,
     "model": 404,
+    "slow": 408,
     "size": 413,
     "rate": 429,
     "overloaded": 503,

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from flashlite.errors import BodyError, ContextOverflow, FlashliteError
 from flashlite.runtime.encoder import Encoder
 from flashlite.server.bodies import Name, Text, decode
+from flashlite.server.exchange import Usage
 from flashlite.server.openai.refusal import refusal
 from flashlite.server.problems import problem_of
 from flashlite.server.state import State
@@ -48,6 +49,7 @@ async def embeddings(request: Request) -> Response:
         return refusal(problem_of(error))
     plain = asked.encoding_format == "float"
     tokens = sum(map(len, ids))
+    request.state.usage = Usage(prompt_tokens=tokens)
     body = {
         "object": "list",
         "model": encoder.name,
