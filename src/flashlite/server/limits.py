@@ -9,9 +9,10 @@ nobody can set, and bounded, however many addresses ask.
 
 from __future__ import annotations
 
+import bisect
 import ipaddress
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,6 +36,25 @@ _MOST_CLIENTS = 1 << 16  # whose windows are kept
 _IPV6_CUSTOMER = 64  # bits: what one customer of a provider gets whole
 
 
+class _Window:
+    """When one key asked, for how much, and the sum; lists, since most hold a few entries."""
+
+    __slots__ = ("amounts", "expiry", "times", "total")
+
+    def __init__(self, expiry: int) -> None:
+        self.times: list[float] = []
+        self.amounts: list[int] = []
+        self.total = 0
+        self.expiry = expiry
+
+    def leave(self, now: float) -> None:
+        """Drop what is older than the window."""
+        old = bisect.bisect_right(self.times, now - self.expiry)
+        if old:
+            self.total -= sum(self.amounts[:old])
+            del self.times[:old], self.amounts[:old]
+
+
 class Windows(Storage, MovingWindowSupport):
     """When each key asked lately, and for how much: a moving window in this process's memory.
 
@@ -50,73 +70,67 @@ class Windows(Storage, MovingWindowSupport):
         super().__init__()
         self._clock = clock
         self._most = most
-        self._hits: OrderedDict[str, deque[tuple[float, int]]] = OrderedDict()
-        self._sums: dict[str, int] = {}
-        self._expiries: dict[str, int] = {}
+        self._windows: OrderedDict[str, _Window] = OrderedDict()  # the one silent longest first
 
     def __len__(self) -> int:
-        return len(self._hits)
+        return len(self._windows)
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         """Note `amount` if the window still has room for it."""
-        if self._recent(key, expiry) + amount > limit:
+        if self.get_moving_window(key, limit, expiry)[1] + amount > limit:
             return False
         self.note(key, expiry, amount)
         return True
 
     def note(self, key: str, expiry: int, amount: int) -> None:
         """Count `amount`, whether or not there is room."""
-        self._hits.setdefault(key, deque()).append((self._clock(), amount))
-        self._hits.move_to_end(key)
-        self._sums[key] = self._sums.get(key, 0) + amount
-        self._expiries[key] = expiry
+        window = self._windows.get(key)
+        if window is None:
+            window = self._windows[key] = _Window(expiry)
+        window.times.append(self._clock())
+        window.amounts.append(amount)
+        window.total += amount
+        self._windows.move_to_end(key)
         self._forget()
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         """When the oldest of the window was noted, and the sum of all."""
-        total = self._recent(key, expiry)
-        hits = self._hits.get(key)
-        return (hits[0][0] if hits else self._clock()), total
+        now, window = self._clock(), self._windows.get(key)
+        if window is None:
+            return now, 0
+        window.leave(now)
+        return (window.times[0] if window.times else now), window.total
 
     def free_at(self, key: str, limit: int, expiry: int) -> float:
         """Seconds until the window has room again."""
-        excess = self._recent(key, expiry) - limit + 1
-        for when, amount in self._hits.get(key, ()):
+        excess = self.get_moving_window(key, limit, expiry)[1] - limit + 1
+        if excess <= 0:
+            return 0.0
+        window = self._windows[key]
+        for when, amount in zip(window.times, window.amounts, strict=True):
             excess -= amount
             if excess <= 0:
                 return max(0.0, when + expiry - self._clock())
-        return 0.0
-
-    def _recent(self, key: str, expiry: int) -> int:
-        """The sum of a key's window; what is older leaves it."""
-        hits = self._hits.get(key)
-        if hits is None:
-            return 0
-        since = self._clock() - expiry
-        while hits and hits[0][0] <= since:
-            self._sums[key] -= hits.popleft()[1]
-        return self._sums[key]
+        return float(expiry)  # a limit below 1: never
 
     def _forget(self) -> None:
         """Drop windows that are over, oldest first, and the oldest when there are too many."""
-        while self._hits:
-            key, hits = next(iter(self._hits.items()))
-            over = not hits or hits[-1][0] <= self._clock() - self._expiries[key]
-            if not over and len(self._hits) <= self._most:
-                return
+        now = self._clock()
+        while self._windows:
+            key, window = next(iter(self._windows.items()))
+            if window.times and window.times[-1] > now - window.expiry:
+                if len(self._windows) <= self._most:
+                    return
             self.clear(key)
 
     def clear(self, key: str) -> None:
         """Forget a key."""
-        self._hits.pop(key, None)
-        self._sums.pop(key, None)
-        self._expiries.pop(key, None)
+        self._windows.pop(key, None)
 
     def reset(self) -> int:
         """Forget all keys; returns how many there were."""
-        found = len(self._hits)
-        for key in list(self._hits):
-            self.clear(key)
+        found = len(self._windows)
+        self._windows.clear()
         return found
 
     def check(self) -> bool:
@@ -129,17 +143,17 @@ class Windows(Storage, MovingWindowSupport):
         return Exception
 
     def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        """Of fixed windows, which are not exact and not used."""
+        """Of fixed windows, which are not exact and not kept."""
         raise NotImplementedError("only moving windows are kept")
 
     def get(self, key: str) -> int:
-        """The sum that a key's window held when it was last looked at."""
-        return self._sums.get(key, 0)
+        """The sum of a key's window."""
+        return self.get_moving_window(key, 0, 0)[1]
 
     def get_expiry(self, key: str) -> float:
         """When a key's window is over, on this storage's clock."""
-        hits = self._hits.get(key)
-        return hits[-1][0] + self._expiries[key] if hits else self._clock()
+        window = self._windows.get(key)
+        return window.times[-1] + window.expiry if window and window.times else self._clock()
 
 
 def client_of(scope: Scope) -> str:
