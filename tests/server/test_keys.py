@@ -194,7 +194,8 @@ def test_every_route_is_refused_without_a_key(guarded: tuple[Running, str]) -> N
 def test_a_bad_host_is_refused(guarded: tuple[Running, str], host: str) -> None:
     running, secret = guarded
     reply = ask(running, request("/v1/models", host=host, authorization=f"Bearer {secret}"))
-    assert reply is not None and reply.status == 400
+    assert reply is not None
+    assert reply.status == 400
 
 
 @pytest.mark.parametrize("form", ["bearer", "BEARER", "google", "query"])
@@ -212,7 +213,8 @@ def test_a_key_is_taken_as_clients_send_it(
         headers = {"authorization": f"{form} {secret}"}
     with caplog.at_level(logging.DEBUG):
         reply = ask(running, request(path, **headers))
-    assert reply is not None and reply.status == 200
+    assert reply is not None
+    assert reply.status == 200
     assert secret not in caplog.text
     assert secret not in "".join(capfd.readouterr())
 

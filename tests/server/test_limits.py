@@ -184,7 +184,8 @@ def test_a_refusal_says_when_to_come_again(server: Running) -> None:
         reply = None
         for _ in range(11):
             reply = exchange(connection, request(MODELS))
-        assert reply is not None and reply.status == 429
+        assert reply is not None
+        assert reply.status == 429
         assert reply.headers["retry-after"] == "1"
         wait = int(reply.headers["retry-after-ms"])
         assert 0 < wait <= 1000
@@ -192,7 +193,8 @@ def test_a_refusal_says_when_to_come_again(server: Running) -> None:
         assert error["code"] == "rate_limit_exceeded"
         time.sleep(wait / 1000 + 0.01)
         again = exchange(connection, request(MODELS))
-        assert again is not None and again.status == 200
+        assert again is not None
+        assert again.status == 200
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,8 @@ def test_ollamas_errors_are_a_text_and_spanish_is_spoken(server: Running) -> Non
     with server.connect("127.0.8.254") as connection:
         asked = request("/api/nothing", accept_language="es-MX,es;q=0.9,en;q=0.5")
         replies = [exchange(connection, asked) for _ in range(11)]
-    assert replies[0] is not None and replies[-1] is not None
+    assert replies[0] is not None
+    assert replies[-1] is not None
     assert json.loads(replies[0].body) == {"error": "no se sirve nada en /api/nothing"}
     assert json.loads(replies[-1].body)["error"].startswith("demasiadas peticiones")
 
@@ -255,7 +258,8 @@ def test_tokens_of_a_minute_are_counted_prompt_and_answer(tiny_gguf: Path) -> No
         assert "60 tokens a minute" in json.loads(reply.body)["error"]["message"]
         with running.connect("127.0.5.5") as other:
             fresh = exchange(other, ask())
-        assert fresh is not None and fresh.status == 200
+        assert fresh is not None
+        assert fresh.status == 200
 
 
 @pytest.mark.parametrize(
@@ -273,12 +277,15 @@ def test_requests_at_a_time_are_limited(
         time.sleep(0.2)
         with running.connect() as third:
             refused = exchange(third, ask())
-        assert refused is not None and refused.status == status
+        assert refused is not None
+        assert refused.status == status
         assert "retry-after" in refused.headers
         for connection in held:
             last = exchange(connection, b"}")
-            assert last is not None and last.status == 200
+            assert last is not None
+            assert last.status == 200
             connection.close()
         with running.connect() as fourth:
             again = exchange(fourth, ask(max_tokens=1))
-        assert again is not None and again.status == 200
+        assert again is not None
+        assert again.status == 200

@@ -74,7 +74,7 @@ class WatchedProtocol(H11Protocol):
             message = f"{self._watch.most} connections are open and busy; ask again later"
             self._refuse(Problem("overloaded", message, retry_after=1.0))
             return
-        transport.set_write_buffer_limits(high=0)  # paused: the client has not read all there is
+        transport.set_write_buffer_limits(high=1)  # paused: the client has not read all there is
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

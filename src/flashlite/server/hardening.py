@@ -82,7 +82,7 @@ class SafeHeaders:
 
 
 class HostCheck:
-    """Refuses a foreign Host (DNS rebinding) and what a foreign page sends.
+    """Refuses a foreign Host (DNS rebinding), what a foreign page sends, and an oversized head.
 
     A page of another origin may send a POST without asking first; it could not read the answer,
     but it would cost one. An address as Host cannot be rebound: it is accepted where the server
@@ -94,6 +94,7 @@ class HostCheck:
         self._hosts = LOOPBACK | {config.host, *config.allowed_hosts}
         self._addresses = config.host not in LOOPBACK
         self._origins = frozenset(config.cors_origins)
+        self._head = config.head_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
@@ -103,6 +104,11 @@ class HostCheck:
         await self._app(scope, receive, send)
 
     def _problem(self, scope: Scope) -> Problem | None:
+        # h11 limits a head while it waits for its end; one that comes at once it does not
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        if size > self._head:
+            return Problem("head", f"the head is larger than {self._head} bytes")
         headers = dict(scope["headers"])
         if b"content-length" in headers and b"transfer-encoding" in headers:
             message = "the request gives its length twice: Content-Length and Transfer-Encoding"

@@ -118,9 +118,9 @@ class Windows(Storage, MovingWindowSupport):
         now = self._clock()
         while self._windows:
             key, window = next(iter(self._windows.items()))
-            if window.times and window.times[-1] > now - window.expiry:
-                if len(self._windows) <= self._most:
-                    return
+            alive = window.times and window.times[-1] > now - window.expiry
+            if alive and len(self._windows) <= self._most:
+                return
             self.clear(key)
 
     def clear(self, key: str) -> None:

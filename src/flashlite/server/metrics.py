@@ -38,6 +38,7 @@ _REJECTED = {
     408: "slow",
     413: "size",
     429: "rate",
+    431: "head",
     503: "overloaded",
 }
 

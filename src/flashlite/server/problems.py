@@ -35,6 +35,7 @@ Kind = Literal[
     "model",  # not served here
     "slow",  # a body that does not come
     "size",  # too large a body
+    "head",  # too large a head
     "rate",  # too many requests
     "overloaded",  # another time, or never so fast
     "internal",
@@ -51,6 +52,7 @@ _STATUS: dict[Kind, int] = {
     "model": 404,
     "slow": 408,
     "size": 413,
+    "head": 431,
     "rate": 429,
     "overloaded": 503,
     "internal": 500,
