@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from flashlite.errors import UsageError
-from flashlite.server import openai, texts
+from flashlite.server import gemini, models, openai, texts
 from flashlite.server.config import ServerConfig
 from flashlite.server.connections import watched
 from flashlite.server.errors import refuse
@@ -73,6 +73,8 @@ def create_app(
     app = Starlette(
         routes=[
             *openai.routes(),
+            *gemini.routes(),
+            *models.routes(),
             *texts.routes(),
             Route("/health", _health),
             Route("/v1/health", _health),
