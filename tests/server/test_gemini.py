@@ -270,3 +270,16 @@ def test_a_body_that_is_no_json_is_refused(client: httpx.Client, name: str) -> N
         response = client.post(f"/v1/models/{name}:generateContent", content=raw)
         assert response.status_code == 400, raw[:20]
         assert response.json()["error"]["status"] == "INVALID_ARGUMENT"
+
+
+def test_nested_arguments_are_read_or_refused(client: httpx.Client, name: str) -> None:
+    for depth in range(100, 1100, 50):
+        nested = "[" * depth + "]" * depth
+        for raw in (
+            '{"contents": [{"parts": [{"functionCall": {"name": "f", "args": {"a": %s}}}]}]}',
+            '{"generationConfig": {"responseJsonSchema": {"enum": %s}}, "contents": []}',
+            '{"nothing": %s}',
+        ):
+            content = (raw % nested).encode()
+            response = client.post(f"/v1/models/{name}:countTokens", content=content)
+            assert response.status_code in (200, 400), response.text

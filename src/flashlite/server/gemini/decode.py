@@ -23,7 +23,7 @@ from flashlite.server.gemini.bodies import (
     ToolConfig,
     ToolSet,
 )
-from flashlite.server.gemini.schema import json_schema
+from flashlite.server.gemini.schema import closed, json_schema
 
 __all__ = ["Beginning", "beginning", "generate_ask", "text_of"]
 
@@ -71,7 +71,11 @@ def beginning(
         turns.append(Turn("system", text_of(system, "systemInstruction")))
     open_calls = [call for turn in before for call in turn.tool_calls]
     for index, content in enumerate(contents):
-        turns += _turns(content, f"contents[{index}]", len(before) + index, open_calls)
+        for turn in _turns(content, f"contents[{index}]", len(before) + index, open_calls):
+            if turns and turn.role == turns[-1].role == "assistant":
+                turns[-1] = _joined(turns[-1], turn)
+            else:
+                turns.append(turn)
     declared = tuple(
         _tool(declaration, f"tools[{i}].functionDeclarations[{j}]")
         for i, entry in enumerate(tools)
@@ -183,6 +187,11 @@ def _turns(content: Content, at: str, number: int, open_calls: list[ToolCall]) -
     return turns
 
 
+def _joined(one: Turn, other: Turn) -> Turn:
+    """One answer: Google's chats repeat a streamed one piece by piece."""
+    return Turn("assistant", one.text + other.text, one.tool_calls + other.tool_calls)
+
+
 def _calls(content: Content, number: int) -> list[ToolCall]:
     """Calls whose client left out the id are named after their place."""
     found = [part.function_call for part in content.parts if part.function_call is not None]
@@ -271,7 +280,7 @@ def _format(config: Config) -> Format:
             "generationConfig.responseMimeType",
             "a response schema needs responseMimeType application/json or text/x.enum",
         )
-    schema = json_schema(given, at) if raw is None else raw
+    schema = json_schema(given, at) if raw is None else closed(raw)
     if not isinstance(schema, (dict, bool)):
         raise BodyError(
             "generationConfig.responseJsonSchema", "responseJsonSchema is not a JSON schema"

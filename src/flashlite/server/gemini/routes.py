@@ -57,6 +57,8 @@ async def _model_verb(request: Request) -> Response:
         return await _VERBS[verb](request, name)
     except FlashliteError as error:
         return refusal(problem_of(error))
+    except RecursionError:
+        return refusal(Problem("invalid", "the body is nested too deeply"))
 
 
 async def _tuned_models(request: Request) -> Response:

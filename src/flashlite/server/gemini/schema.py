@@ -7,13 +7,16 @@ An object has the properties that it declares and no others, as Gemini answers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 from flashlite.errors import BodyError
 from flashlite.server.gemini.plain import camel, whole
 
-__all__ = ["json_schema"]
+__all__ = ["closed", "json_schema"]
 
 _TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object", "null"})
 _COUNTS = frozenset(
@@ -23,6 +26,8 @@ _KEPT = frozenset({"title", "description", "default", "pattern", "minimum", "max
 _IGNORED = frozenset({"example", "propertyOrdering", "nullable"})  # the last two are used below
 _WIDTHS = frozenset({"float", "double", "int32", "int64", "enum"})  # formats that say no more
 _DEPTH = 64
+# Where schemas are combined, a property that one does not declare may be another's.
+_COMBINING = re.compile(rb'"(allOf|oneOf|not|if|dependentSchemas|unevaluatedProperties)":')
 
 
 def json_schema(given: object, at: str, depth: int = 0) -> dict[str, Any]:
@@ -78,6 +83,33 @@ def json_schema(given: object, at: str, depth: int = 0) -> dict[str, Any]:
         made["properties"] = _ordered(made["properties"], fields.get("propertyOrdering"), at)
         made.setdefault("additionalProperties", False)
     return _nullable(made) if fields.get("nullable") is True else made
+
+
+def closed(schema: Any) -> Any:
+    """A JSON Schema whose objects have the properties that it declares and no others.
+
+    What is valid against it is valid against the given one as well; a small model that may add
+    properties does not stop adding them.
+    """
+    return schema if _COMBINING.search(msgspec.json.encode(schema)) else _closed(schema)
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    made = dict(schema)
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(within := schema.get(key), Mapping):
+            made[key] = {name: _closed(value) for name, value in within.items()}
+    for key in ("items", "additionalProperties"):
+        if key in schema:
+            made[key] = _closed(schema[key])
+    for key in ("anyOf", "prefixItems"):
+        if "properties" not in schema and isinstance(several := schema.get(key), list):
+            made[key] = [_closed(value) for value in several]
+    if "properties" in schema and not schema.keys() & {"anyOf", "$ref", "patternProperties"}:
+        made.setdefault("additionalProperties", False)
+    return made
 
 
 def _type(value: object, at: str) -> dict[str, Any]:
