@@ -285,3 +285,28 @@ def test_nested_arguments_are_read_or_refused(client: httpx.Client, name: str) -
             content = (raw % nested).encode()
             response = client.post(f"/v1/models/{name}:countTokens", content=content)
             assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize("said", ["header", "body"])
+def test_a_deadline_ends_an_answer_or_refuses_it(
+    client: httpx.Client, name: str, said: str
+) -> None:
+    given = body(maxOutputTokens=100_000)
+    headers = {"X-Flashlite-Deadline-Ms": "40"} if said == "header" else {}
+    if said == "body":
+        given["deadline_ms"] = 40
+    response = client.post(f"/v1/models/{name}:generateContent", json=given, headers=headers)
+    if response.status_code == 503:
+        assert response.json()["error"]["status"] == "UNAVAILABLE"
+    else:
+        (candidate,) = response.json()["candidates"]
+        assert candidate["finishReason"] == "OTHER"
+        assert "deadline" in candidate["finishMessage"]
+
+
+def test_what_is_wrong_is_said_in_spanish_as_well(client: httpx.Client, name: str) -> None:
+    image: dict[str, Any] = {"contents": [{"parts": [{"inlineData": {}}]}]}
+    response = client.post(
+        f"/v1/models/{name}:generateContent", json=image, headers={"accept-language": "es"}
+    )
+    assert response.json()["error"]["message"].endswith("este modelo solo lee texto")
