@@ -20,6 +20,7 @@ import uvicorn
 
 from flashlite.runtime.model import load
 from flashlite.server.app import create_app
+from flashlite.server.config import ServerConfig
 from flashlite.server.pace import Shape
 from flashlite.server.registry import Registry
 from flashlite.server.timing import Timing
@@ -51,7 +52,11 @@ def served(smollm2_gguf: Path) -> Iterator[Served]:
     """SmolLM2 with four slots; the timing of every answer is kept."""
     model = load(smollm2_gguf, max_sequences=4, max_sequence_length=1024)
     timings: list[Timing] = []
-    app = create_app(Registry([model]), report=timings.append)
+    app = create_app(
+        Registry([model]),
+        ServerConfig(rate_limit=0, max_concurrent=1024, max_requests=1024),
+        report=timings.append,
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -16,6 +16,7 @@ import uvicorn
 
 from flashlite.runtime.model import load
 from flashlite.server.app import create_app
+from flashlite.server.config import ServerConfig
 from flashlite.server.registry import Registry
 
 CHAT = "/v1/chat/completions"
@@ -34,7 +35,10 @@ def base_url(tiny_gguf: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(Registry([model])), host="127.0.0.1", port=port, log_level="warning"
+            create_app(Registry([model]), ServerConfig(rate_limit=0)),
+            host="127.0.0.1",
+            port=port,
+            log_level="warning",
         )
     )
     thread = threading.Thread(target=server.run)

@@ -36,6 +36,7 @@ VERBS = {
     "chat": "Talk with a model.",
     "embed": "Turn texts into vectors.",
     "serve": "Answer over HTTP.",
+    "keys": "Make, list and revoke the keys that a server asks for.",
     "bench": "Measure speed and memory.",
     "profile": "Show where the time of a model goes.",
     "doctor": "Say what this machine can do.",

@@ -36,6 +36,37 @@ __all__ = ["command"]
     help="Listen beyond this machine although anyone may ask.",
 )
 @click.option(
+    "--keys-file",
+    type=click.Path(path_type=str, dir_okay=False),
+    help="Ask for the keys of this file.  [default: those of `flashlite keys`, if there are any]",
+)
+@click.option(
+    "--rate-limit",
+    type=click.IntRange(0, 1_000_000),
+    help="Requests per second of one address; 0: no limit.  [default: 10]",
+)
+@click.option(
+    "--tokens-per-minute",
+    type=click.IntRange(0, 1_000_000_000),
+    help="Tokens, read and written, of one key or address; 0: no limit.  [default: 0]",
+)
+@click.option(
+    "--trusted-proxy",
+    "trusted_proxies",
+    multiple=True,
+    metavar="ADDRESS",
+    help="An address or network whose X-Forwarded-For says who asks; repeatable.",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="An origin whose pages may ask, as https://example.org; repeatable.",
+)
+@click.option("--tls-cert", type=click.Path(path_type=str), help="Certificate in PEM: HTTPS.")
+@click.option("--tls-key", type=click.Path(path_type=str), help="The certificate's key in PEM.")
+@click.option(
     "--max-sequences",
     type=click.IntRange(1, 256),
     help="Conversations of one model answered at the same time.  [default: 4]",
@@ -64,18 +95,21 @@ def command(
     try:
         from flashlite.server.app import memory_of, serve
         from flashlite.server.config import read_config
+        from flashlite.server.keys import open_keys
         from flashlite.server.registry import open_registry
     except ModuleNotFoundError:
         raise MissingExtra("flashlite serve", "serve") from None
     default = click.core.ParameterSource.DEFAULT
     given = {n: v for n, v in flags.items() if context.get_parameter_source(n) is not default}
     config = read_config(path, {**given, "models": models or None})
-    config.check()
+    keys = open_keys(config.keys_file)
+    config.check(keys=keys is not None)
     with options.stages() as progress:
         registry = open_registry(config, {"server": memory_of(config)}, progress)
     for model in registry.models.values():
         if model.plan.note:
             output.note(model.plan.note)
     names = ", ".join(registry.names)
-    output.note(f"{names} on http://{config.host}:{config.port}/v1 (Ctrl-C to stop)")
-    serve(registry, config)
+    scheme = "https" if config.tls_cert else "http"
+    output.note(f"{names} on {scheme}://{config.host}:{config.port}/v1 (Ctrl-C to stop)")
+    serve(registry, config, keys)

@@ -75,8 +75,27 @@ class ServerConfig:
     port: int = 8000
     public_without_keys: bool = False  # listen beyond this machine although anyone may ask
     allowed_hosts: tuple[str, ...] = ()  # names in the Host header, beside those of loopback
+    cors_origins: tuple[str, ...] = ()  # origins of pages that may ask; "*" for any
+    trusted_proxies: tuple[str, ...] = ()  # addresses or networks whose X-Forwarded-For is true
+    tls_cert: str | None = None  # files in PEM: with both, HTTPS is spoken
+    tls_key: str | None = None
+    keys_file: str | None = None  # of `flashlite keys`; None: the default one if it is there
+    open_health: bool = True  # /health without a key says that the server runs, no more
+
+    # What one client may ask
+    rate_limit: int = 10  # requests per second of an address; 0: no limit
+    tokens_per_minute: int = 0  # of prompts and answers, of a key or an address; 0: no limit
+    max_concurrent: int = 64  # requests at a time of a key or an address; more get 429
+    max_requests: int = 128  # of all clients, answered or waiting; more get 503
     max_body: str = "1MiB"  # of one request, and of all that are being answered together
-    max_connections: int = 128  # more are answered with 503
+    max_head: str = "32KiB"  # request line and headers
+    max_connections: int = 128  # the one silent for longest gives way to a new one
+
+    # How long a client may take
+    head_timeout: str = "10s"  # to send a request's head
+    body_timeout: str = "10s"  # to send its body, and longer at 50 kB/s, at most three times that
+    send_timeout: str = "10s"  # to read what was sent
+    keep_alive: str = "15s"  # until its next request
 
     def check(self, *, keys: bool = False) -> None:
         """Refuse what cannot be honoured.
@@ -94,14 +113,22 @@ class ServerConfig:
             ("max_sequences", self.max_sequences, 1, 256),
             ("max_choices", self.max_choices, 1, 128),
             ("max_connections", self.max_connections, 1, 65536),
+            ("max_concurrent", self.max_concurrent, 1, 65536),
+            ("max_requests", self.max_requests, 1, 65536),
+            ("rate_limit", self.rate_limit, 0, 1_000_000),
+            ("tokens_per_minute", self.tokens_per_minute, 0, 1_000_000_000),
         ):
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}, allowed {low} to {high}")
-        for size in (self.max_mem, self.max_body):
+        for size in (self.max_mem, self.max_body, self.max_head):
             if size is not None:
                 parse_size(size)
+        for time in (self.head_timeout, self.body_timeout, self.send_timeout, self.keep_alive):
+            parse_duration(time)
         if self.deadline is not None:
             parse_duration(self.deadline)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise UsageError("TLS needs both a certificate and its key: --tls-cert and --tls-key")
         if self.host not in LOOPBACK and not keys and not self.public_without_keys:
             raise UsageError(
                 f"host {self.host} is reachable from other machines and no keys are set: set "
@@ -117,6 +144,31 @@ class ServerConfig:
     def body_bytes(self) -> int:
         """Bytes of `max_body`."""
         return parse_size(self.max_body)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of `max_head`."""
+        return parse_size(self.max_head)
+
+    @property
+    def head_timeout_s(self) -> float:
+        """Seconds of `head_timeout`."""
+        return parse_duration(self.head_timeout)
+
+    @property
+    def body_timeout_s(self) -> float:
+        """Seconds of `body_timeout`."""
+        return parse_duration(self.body_timeout)
+
+    @property
+    def send_timeout_s(self) -> float:
+        """Seconds of `send_timeout`."""
+        return parse_duration(self.send_timeout)
+
+    @property
+    def keep_alive_s(self) -> float:
+        """Seconds of `keep_alive`."""
+        return parse_duration(self.keep_alive)
 
 
 def read_config(path: Path | None, flags: Mapping[str, Any]) -> ServerConfig:

@@ -33,7 +33,9 @@ Kind = Literal[
     "path",  # nothing is served there
     "method",
     "model",  # not served here
+    "slow",  # a body that does not come
     "size",  # too large a body
+    "head",  # too large a head
     "rate",  # too many requests
     "overloaded",  # another time, or never so fast
     "internal",
@@ -48,7 +50,9 @@ _STATUS: dict[Kind, int] = {
     "path": 404,
     "method": 405,
     "model": 404,
+    "slow": 408,
     "size": 413,
+    "head": 431,
     "rate": 429,
     "overloaded": 503,
     "internal": 500,

@@ -8,6 +8,7 @@ What fails before the first token is a refusal with its own status, in both form
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from flashlite.errors import FlashliteError
-from flashlite.server.exchange import Event
+from flashlite.server.exchange import Ended, Event, Started, TextDelta, Usage
 from flashlite.server.problems import Problem, problem_of
 
 __all__ = ["Wire", "send"]
@@ -43,6 +44,7 @@ async def send(
     request: Request, events: AsyncIterator[Event], wire: Wire, *, stream: bool
 ) -> Response:
     """The response; a client that leaves stops the answer within one step."""
+    events = _metered(request, events)
     reading = asyncio.create_task(_read(events, 1 if stream else None))
     leaving = asyncio.create_task(_left(request))
     try:
@@ -59,6 +61,21 @@ async def send(
     if stream:
         return StreamingResponse(_stream(found, events, wire), media_type=wire.media_type)
     return Response(wire.whole(found), media_type="application/json")
+
+
+async def _metered(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """The events; `request.state.usage` is what was computed so far, also when nobody reads on."""
+    try:
+        async for event in events:
+            if isinstance(event, (Started, Ended)):
+                request.state.usage = event.usage
+            elif isinstance(event, TextDelta) and event.drawn:
+                spent: Usage = request.state.usage
+                tokens = spent.completion_tokens + len(event.drawn)
+                request.state.usage = dataclasses.replace(spent, completion_tokens=tokens)
+            yield event
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]
 
 
 async def _read(events: AsyncIterator[Event], most: int | None) -> list[Event]:

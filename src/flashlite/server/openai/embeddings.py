@@ -15,11 +15,12 @@ from starlette.responses import Response
 from flashlite.errors import BodyError, ContextOverflow, FlashliteError
 from flashlite.runtime.encoder import Encoder
 from flashlite.server.bodies import Name, Text, decode
+from flashlite.server.exchange import Usage
 from flashlite.server.openai.refusal import refusal
 from flashlite.server.problems import problem_of
 from flashlite.server.state import State
 
-__all__ = ["EmbeddingRequest", "embeddings"]
+__all__ = ["EmbeddingRequest", "embeddings", "shortened"]
 
 _Ids = Annotated[list[int], msgspec.Meta(min_length=1, max_length=1 << 16)]
 _MOST = msgspec.Meta(min_length=1, max_length=2048)
@@ -43,11 +44,12 @@ async def embeddings(request: Request) -> Response:
         encoder = state.registry.embedder(asked.model)
         ids = await asyncio.to_thread(_ids, encoder, asked.input)
         vectors = await asyncio.to_thread(encoder.embed_ids, ids)
-        vectors = _shortened(vectors, asked.dimensions)
+        vectors = shortened(vectors, asked.dimensions, "dimensions")
     except FlashliteError as error:
         return refusal(problem_of(error))
     plain = asked.encoding_format == "float"
     tokens = sum(map(len, ids))
+    request.state.usage = Usage(prompt_tokens=tokens)
     body = {
         "object": "list",
         "model": encoder.name,
@@ -84,17 +86,23 @@ def _ids(encoder: Encoder, given: str | list[Any]) -> list[list[int]]:
     return [[*begin, *item, *end] for item in inputs]
 
 
-def _shortened(vectors: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
-    """The first numbers of each vector, again of length 1."""
+def shortened(
+    vectors: NDArray[np.float32], dimensions: int | None, field: str
+) -> NDArray[np.float32]:
+    """The first numbers of each vector, again of length 1; `field` asked for how many.
+
+    Raises:
+        BodyError: the vectors have fewer.
+    """
     width = vectors.shape[1]
     if dimensions is None or dimensions == width:
         return vectors
     if not 1 <= dimensions <= width:
-        raise BodyError("dimensions", f"dimensions is {dimensions}, allowed 1 to {width}")
+        raise BodyError(field, f"{field} is {dimensions}, allowed 1 to {width}")
     cut = vectors[:, :dimensions]
     length = np.linalg.norm(cut, axis=1, keepdims=True)
-    shortened: NDArray[np.float32] = cut / np.maximum(length, np.finfo(np.float32).tiny)
-    return shortened
+    made: NDArray[np.float32] = cut / np.maximum(length, np.finfo(np.float32).tiny)
+    return made
 
 
 def _base64(vector: NDArray[np.float32]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
+from flashlite.server.language import translate
 from flashlite.server.problems import Kind, Problem
 
 __all__ = ["body", "refusal"]
@@ -31,7 +32,7 @@ def body(problem: Problem) -> dict[str, Any]:
     """The error object."""
     return {
         "error": {
-            "message": problem.message,
+            "message": translate(problem.message),
             "type": _TYPES.get(problem.kind, "invalid_request_error"),
             "param": problem.param,
             "code": _CODES.get(problem.kind, problem.code),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from flashlite.errors import FlashliteError, UnknownModel
+from flashlite.errors import FlashliteError
 from flashlite.server.answer import answer
 from flashlite.server.openai.completions import completions
 from flashlite.server.openai.decode import chat_ask, read_chat
@@ -32,8 +30,6 @@ def routes() -> list[Route]:
             Route(f"{prefix}/chat/completions", _chat, methods=["POST"]),
             Route(f"{prefix}/completions", completions, methods=["POST"]),
             Route(f"{prefix}/embeddings", embeddings, methods=["POST"]),
-            Route(f"{prefix}/models", _models),
-            Route(f"{prefix}/models/{{name:path}}", _model),
         )
     ]
 
@@ -63,40 +59,3 @@ async def _chat(request: Request) -> Response:
         include_usage=asked.stream_options is not None and asked.stream_options.include_usage,
     )
     return await send(request, answer(worker, ask, timing), wire, stream=bool(asked.stream))
-
-
-async def _models(request: Request) -> Response:
-    """GET /v1/models, in a body that OpenAI's and Gemini's SDKs both read."""
-    state: State = request.app.state.flashlite
-    entries = [_entry(state, name) for name in state.registry.names]
-    return JSONResponse({"object": "list", "data": entries, "models": entries})
-
-
-async def _model(request: Request) -> Response:
-    """GET /v1/models/{name}."""
-    state: State = request.app.state.flashlite
-    name = request.path_params["name"]
-    if name not in state.registry.names:
-        return refusal(problem_of(UnknownModel(name, state.registry.names)))
-    return JSONResponse(_entry(state, name))
-
-
-def _entry(state: State, name: str) -> dict[str, Any]:
-    model = state.registry.models.get(name)
-    if model is not None:
-        context, methods = model.max_sequence_length, ["generateContent", "countTokens"]
-    else:
-        encoder = state.registry.embedder(name)
-        context, methods = encoder.max_length, ["embedContent", "batchEmbedContents"]
-    return {
-        "id": name,
-        "object": "model",
-        "created": state.started,
-        "owned_by": "flashlite",
-        "context_length": context,
-        "name": f"models/{name}",
-        "displayName": name,
-        "inputTokenLimit": context,
-        "outputTokenLimit": context,
-        "supportedGenerationMethods": methods,
-    }
