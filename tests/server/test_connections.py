@@ -175,6 +175,7 @@ def test_an_honest_upload_over_a_slow_line_is_served(tiny_gguf: Path) -> None:
 
 def test_a_client_that_does_not_read_is_cut(tiny_gguf: Path) -> None:
     with serving(tiny_gguf, rate_limit=0, send_timeout="500ms") as running:
+        running.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
         fields = {"max_tokens": 450, "n": 3, "logprobs": True, "top_logprobs": 20}
         with running.connect(window=2048) as connection:
             connection.sendall(chat(**fields, logit_bias={"0": -100, "1": -100, "2": -100}))
