@@ -14,7 +14,7 @@ from running import Reply, Running, exchange, request, serving
 
 from flashlite.runtime.process import resident_bytes
 
-PATHS = {
+PATHS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "once"}], "max_tokens": 2},
     "/v1/completions": {"prompt": "once", "max_tokens": 2},
     "/v1/embeddings": {"input": "once"},
