@@ -252,6 +252,8 @@ def test_what_is_not_served_is_not_found(client: httpx.Client, name: str) -> Non
     for path in ("none:generateContent", f"{name}:foo", f"a/b:{name}:countTokens"):
         error = client.post(f"/v1/models/{path}", json=SAY).json()["error"]
         assert (error["code"], error["status"]) == (404, "NOT_FOUND")
+    colons = client.post("/v1/models/a/b:270m:countTokens", json=SAY).json()["error"]
+    assert "model 'a/b:270m' is not served" in colons["message"]
     asked = client.get("/v1/models/none", headers={"x-goog-api-key": "k"}).json()["error"]
     assert asked["status"] == "NOT_FOUND"
     assert client.get("/v1/models/none").json()["error"]["code"] == "model_not_found"

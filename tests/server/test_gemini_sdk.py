@@ -243,3 +243,32 @@ def test_errors_have_code_status_and_message(client: genai.Client, name: str) ->
     asked: list[Any] = [CAPITAL, image]
     with pytest.raises(errors.ClientError, match="text alone"):
         client.models.generate_content(model=name, contents=asked)
+
+
+def test_a_cached_content_is_made_used_kept_longer_and_deleted(
+    client: genai.Client, name: str
+) -> None:
+    long = "In Oslo it rains on most days of October. " * 12
+    cache = client.caches.create(
+        model=name,
+        config={"contents": long, "system_instruction": "Be brief.", "ttl": "300s"},
+    )
+    assert cache.name is not None
+    assert cache.usage_metadata is not None
+    tokens = cache.usage_metadata.total_token_count or 0
+    assert tokens > 100
+    reply = client.models.generate_content(
+        model=name, contents="Where?", config=config(cached_content=cache.name)
+    )
+    assert reply.usage_metadata is not None
+    assert tokens - (reply.usage_metadata.cached_content_token_count or 0) < 64
+    found = client.caches.get(name=cache.name)
+    later = client.caches.update(name=cache.name, config={"ttl": "600s"})
+    assert later.expire_time is not None
+    assert found.expire_time is not None
+    assert later.expire_time > found.expire_time
+    assert cache.name in [entry.name for entry in client.caches.list()]
+    client.caches.delete(name=cache.name)
+    with pytest.raises(errors.ClientError) as caught:
+        client.caches.get(name=cache.name)
+    assert caught.value.code == 404

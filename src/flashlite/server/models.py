@@ -5,6 +5,7 @@ Both protocols have these under the same paths, so one answer must do for both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -16,9 +17,9 @@ from flashlite.server.errors import refuse
 from flashlite.server.problems import problem_of
 from flashlite.server.state import State
 
-__all__ = ["routes"]
+__all__ = ["paged", "routes"]
 
-_MOST = 1000  # models of a page
+_MOST = 1000  # entries of a page
 
 
 def routes() -> list[Route]:
@@ -38,15 +39,10 @@ async def _list_models(request: Request) -> Response:
     state: State = request.app.state.flashlite
     entries = [_entry(state, name) for name in state.registry.names]
     try:
-        start = _number(request, "pageToken", 0, len(entries))
-        size = _number(request, "pageSize", _MOST, 1 << 31) or _MOST
+        page, more = paged(request, entries)
     except FlashliteError as error:
         return refuse(request.scope, problem_of(error))
-    page = entries[start : start + size]
-    body: dict[str, Any] = {"object": "list", "data": page, "models": page}
-    if start + size < len(entries):
-        body["nextPageToken"] = str(start + size)
-    return JSONResponse(body)
+    return JSONResponse({"object": "list", "data": page, "models": page, **more})
 
 
 async def _get_model(request: Request) -> Response:
@@ -56,6 +52,19 @@ async def _get_model(request: Request) -> Response:
     if name not in state.registry.names:
         return refuse(request.scope, problem_of(UnknownModel(name, state.registry.names)))
     return JSONResponse(_entry(state, name))
+
+
+def paged(
+    request: Request, entries: Sequence[dict[str, Any]]
+) -> tuple[Sequence[dict[str, Any]], dict[str, str]]:
+    """The page that `pageSize` and `pageToken` ask for, and `nextPageToken` where more follows.
+
+    Raises:
+        BodyError: one of them is no number, or too large.
+    """
+    start = _number(request, "pageToken", 0, len(entries))
+    end = start + (_number(request, "pageSize", _MOST, 1 << 31) or _MOST)
+    return entries[start:end], {"nextPageToken": str(end)} if end < len(entries) else {}
 
 
 def _number(request: Request, name: str, default: int, most: int) -> int:

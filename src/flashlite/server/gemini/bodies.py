@@ -14,6 +14,7 @@ from flashlite.server.bodies import Name, Text
 
 __all__ = [
     "BatchEmbedRequest",
+    "CacheRequest",
     "Config",
     "Content",
     "CountRequest",
@@ -196,3 +197,11 @@ class BatchEmbedRequest(_Strict):
     """Body of `:batchEmbedContents`."""
 
     requests: Annotated[list[EmbedRequest], msgspec.Meta(min_length=1, max_length=2048)]
+
+
+class CacheRequest(_Conversation):
+    """Body of a POST of `cachedContents`; a PATCH may change its end alone."""
+
+    ttl: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?s$")] | None = None
+    expire_time: Name | None = None
+    display_name: Annotated[str, msgspec.Meta(max_length=128)] = ""

@@ -11,6 +11,7 @@ from flashlite.errors import BodyError
 from flashlite.server.answer import answer, lay_out
 from flashlite.server.exchange import Ask
 from flashlite.server.gemini.bodies import CountRequest, GenerateRequest
+from flashlite.server.gemini.cached import cached_beginning
 from flashlite.server.gemini.decode import beginning, generate_ask
 from flashlite.server.gemini.encode import GeminiWire
 from flashlite.server.gemini.plain import read
@@ -47,9 +48,13 @@ async def _generate(request: Request, name: str, *, stream: bool) -> Response:
     timing: Timing = request.state.timing
     asked = read(await request.body(), GenerateRequest)
     worker = state.worker(name)
+    cached = cached_beginning(request, asked.cached_content, worker.model.name)
+    if isinstance(cached, Response):
+        return cached
     ask = generate_ask(
         asked,
         name,
+        cached=cached,
         client=request.client.host if request.client else "",
         deadline_s=asked_deadline(
             request.scope["headers"], asked.deadline_ms, state.config.deadline_s
@@ -79,7 +84,10 @@ async def count_tokens(request: Request, name: str) -> Response:
     model = state.registry.chat(name)
     asked = read(await request.body(), CountRequest)
     if (inner := asked.generate_content_request) is not None:
-        ask = generate_ask(inner, name, most=state.config.max_choices)
+        cached = cached_beginning(request, inner.cached_content, model.name)
+        if isinstance(cached, Response):
+            return cached
+        ask = generate_ask(inner, name, cached=cached, most=state.config.max_choices)
     elif asked.contents:
         ask = Ask(model=name, turns=beginning(asked.contents, None, (), None).turns)
     else:

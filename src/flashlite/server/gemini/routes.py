@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from flashlite.errors import FlashliteError
 from flashlite.server.errors import refuse
+from flashlite.server.gemini.cached import cache_routes
 from flashlite.server.gemini.embed import batch_embed_contents, embed_content
 from flashlite.server.gemini.encode import refusal
 from flashlite.server.gemini.generate import count_tokens, generate_content, stream_generate_content
@@ -42,6 +43,7 @@ def routes() -> list[Route]:
         for route in (
             Route(f"{prefix}/models/{{target:path}}", _model_verb, methods=["POST"]),
             Route(f"{prefix}/tunedModels", _tuned_models),
+            *cache_routes(prefix),
         )
     ]
 
