@@ -28,7 +28,12 @@ __all__ = ["Reply", "Running", "exchange", "read_reply", "request", "serving"]
 @dataclass(frozen=True)
 class Running:
     app: Starlette
-    port: int
+    listener: socket.socket  # what it does not set, accepted connections have of it
+
+    @property
+    def port(self) -> int:
+        port: int = self.listener.getsockname()[1]
+        return port
 
     @property
     def url(self) -> str:
@@ -75,7 +80,7 @@ def serving(gguf: Path, keys: Keys | None = None, **settings: Any) -> Iterator[R
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Running(app, server.servers[0].sockets[0].getsockname()[1])
+        yield Running(app, server.servers[0].sockets[0]._sock)  # type: ignore[attr-defined]
     finally:
         server.should_exit = True
         thread.join()

@@ -625,6 +625,7 @@ static attention open_attention(const float *q, int32_t n_q, int32_t head_dim, v
 /* Ask for a part of the next page. All at once is more than a core waits for, and what goes beyond
  * is forgotten. */
 INLINE void ask_ahead(attention *a) {
+    if (a->left == 0) return;
     size_t bytes = a->left < a->step ? a->left : a->step;
     for (size_t i = 0; i < bytes; i += 64) prefetch(a->ahead, i);
     a->ahead += bytes;

@@ -29,6 +29,8 @@ from flashlite.server.problems import Problem
 __all__ = ["Connections", "WatchedProtocol", "watched"]
 
 _SLOWEST_READ = 64 << 10  # bytes in send_timeout, of an answer that is longer than the buffers
+_CROWD = 4  # times max_connections that are open for a moment
+_PAUSE = 0.1  # seconds in which what has come is read
 _log = logging.getLogger("flashlite.server")
 
 
@@ -41,17 +43,29 @@ class Connections:
         self.send_s = config.send_timeout_s
         self.idle: OrderedDict[WatchedProtocol, None] = OrderedDict()
         self.open = 0
-        self.cut = 0  # how many were ended here
+        self._thinning = False
 
-    def make_room(self) -> bool:
-        """End the oldest idle connection if all places are taken; False: all are busy."""
+    def make_room(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Let another in, and some idle ones give way if all places are taken; False: all are busy.
+
+        Not at once: of many that are accepted together, an honest one's request may be here and
+        not be read yet.
+        """
         if self.open < self.most:
             return True
         if not self.idle:
             return False
-        oldest = next(iter(self.idle))
-        oldest.cut("gave way to another")
+        if self.open >= _CROWD * self.most:
+            next(iter(self.idle)).cut("gave way to another")
+        elif not self._thinning:
+            self._thinning = True
+            loop.call_later(_PAUSE, self._thin)
         return True
+
+    def _thin(self) -> None:
+        self._thinning = False
+        while self.open > self.most and self.idle:
+            next(iter(self.idle)).cut("gave way to another")
 
 
 class WatchedProtocol(H11Protocol):
@@ -67,7 +81,7 @@ class WatchedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A place is taken, or another gives way."""
         super().connection_made(transport)
-        room = self._watch.make_room()
+        room = self._watch.make_room(self.loop)
         self._watch.open += 1
         self._counted = True
         if not room:
@@ -93,16 +107,20 @@ class WatchedProtocol(H11Protocol):
         if self.transport.is_closing():
             return
         super().data_received(data)
-        if self._busy:
-            self._disarm()
-        elif not self.transport.is_closing():
-            self._expect_head()
+        if not self._answering:
+            if not self.transport.is_closing():
+                self._expect_head()
+            return
+        self._disarm()
+        if not self.cycle.more_body:
+            self._watch.idle.pop(self, None)
 
     def on_response_complete(self) -> None:
         """The next request may already be here."""
         super().on_response_complete()
-        if not self._busy and self._counted:
+        if not self._answering and self._counted:
             self._watch.idle[self] = None
+            self._watch.idle.move_to_end(self)
 
     def pause_writing(self) -> None:
         """The client has not read what was sent."""
@@ -123,13 +141,12 @@ class WatchedProtocol(H11Protocol):
 
     def cut(self, why: str) -> None:
         """End the connection at once; what answers on it is cancelled."""
-        self._watch.cut += 1
         _log.info("connection cut: %s", why)
         self._leave()
         self.transport.abort()
 
     @property
-    def _busy(self) -> bool:
+    def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _expect_head(self) -> None:
@@ -140,7 +157,6 @@ class WatchedProtocol(H11Protocol):
             self._head = self.loop.call_later(self._watch.head_s, late)
 
     def _disarm(self) -> None:
-        self._watch.idle.pop(self, None)
         if self._head is not None:
             self._head.cancel()
             self._head = None
