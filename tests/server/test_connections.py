@@ -120,7 +120,7 @@ def outlast(
         thread.join()
 
 
-TIMES = {"head_timeout": "700ms", "body_timeout": "700ms", "keep_alive": "1s"}
+TIMES: dict[str, Any] = {"head_timeout": "700ms", "body_timeout": "700ms", "keep_alive": "1s"}
 
 
 @pytest.mark.parametrize("attack", SLOW, ids=lambda attack: attack.__name__)

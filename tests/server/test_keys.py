@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -161,7 +162,7 @@ def test_every_route_is_refused_without_a_key(guarded: tuple[Running, str]) -> N
     running, secret = guarded
     asked = paths_of(running)
     assert len(asked) > 15
-    wrong = [
+    wrong: list[dict[str, Any]] = [
         {},
         {"authorization": "Bearer fl-wrong"},
         {"authorization": f"Bearer {secret[:-1]}"},
@@ -204,7 +205,8 @@ def test_a_key_is_taken_as_clients_send_it(
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     running, secret = guarded
-    path, headers = "/v1/models", {}
+    path = "/v1/models"
+    headers: dict[str, Any] = {}
     if form == "query":
         path += f"?key={secret}"
     elif form == "google":

@@ -215,7 +215,7 @@ def test_a_refusal_has_the_asking_protocols_shape(
     server: Running,
     host: int,
     path: str,
-    headers: dict[str, str],
+    headers: dict[str, Any],
     expected: tuple[str, str, object],
 ) -> None:
     with server.connect(f"127.0.8.{host}") as connection:
@@ -270,7 +270,7 @@ def test_tokens_of_a_minute_are_counted_prompt_and_answer(tiny_gguf: Path) -> No
     ("settings", "status"), [({"max_concurrent": 2}, 429), ({"max_requests": 2}, 503)]
 )
 def test_requests_at_a_time_are_limited(
-    tiny_gguf: Path, settings: dict[str, int], status: int
+    tiny_gguf: Path, settings: dict[str, Any], status: int
 ) -> None:
     with serving(tiny_gguf, rate_limit=0, **settings) as running:
         body = b'{"messages": [{"role": "user", "content": "once"}], "max_tokens": 2'
