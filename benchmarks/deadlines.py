@@ -33,6 +33,7 @@ import common
 from common import SMOLLM2, Gate, Row
 from flashlite.runtime.model import load
 from flashlite.server.app import create_app
+from flashlite.server.config import ServerConfig
 from flashlite.server.pace import Shape
 from flashlite.server.registry import Registry
 from flashlite.server.timing import DEADLINE_HEADER, Timing
@@ -126,7 +127,7 @@ def server(threads: int, slots: int) -> Iterator[tuple[str, list[Timing], list[f
     timings: list[Timing] = []
     steps: list[float] = []
     model = load(SMOLLM2, threads=threads, max_sequences=slots, max_sequence_length=CONTEXT)
-    app = create_app(Registry([model]), report=timings.append)
+    app = create_app(Registry([model]), ServerConfig(rate_limit=0), report=timings.append)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
