@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _STRICT = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno", "-g1")
+_SEGMENT = "-DFL_SEGMENT=32"  # one page: short texts have several segments of attention
 _ADDRESS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 # Counters of edges alone: comparisons of loops would cost half the time and say nothing.
 _COUNTERS = ("-fsanitize-coverage=inline-8bit-counters,pc-table",)
@@ -142,7 +143,7 @@ def _link(
     def compile_unit(unit: _Unit) -> str:
         made = str(folder / f"{unit.source.stem}.o")
         include = (f"-I{h.CSRC}", f"-I{h.FUZZ}")
-        run(*_STRICT, *flags, *unit.flags, *include, "-c", str(unit.source), "-o", made)
+        run(*_STRICT, _SEGMENT, *flags, *unit.flags, *include, "-c", str(unit.source), "-o", made)
         return made
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
